@@ -1,0 +1,186 @@
+"""The operator wkv7 of RWKV-7: schema, checks, CPU implementation, gradients.
+
+Letters: B batch rows, T tokens, H heads, K key channels of a head, V value channels of a head, n packed sequences,
+S the state (K, V), log_w the logarithm of the decay, a and b the rank-one change of the state, o the output.
+"""
+
+import ctypes
+import struct
+
+import torch
+from torch import Tensor
+
+from .library import DTYPES, LIBRARY, check
+
+torch.library.define(
+    "wkv::wkv7",
+    "(Tensor r, Tensor log_w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, Tensor? cu_seqlens) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "wkv::wkv7_backward",
+    "(Tensor? grad_o, Tensor? grad_final_state, Tensor r, Tensor log_w, Tensor k, Tensor v, Tensor a, Tensor b, "
+    "Tensor? state, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+# wkv7_forward_args and wkv7_backward_args of wkv.h.
+_FORWARD = struct.Struct("49q")
+_BACKWARD = struct.Struct("82q")
+
+_forward = LIBRARY.wkv7_forward
+_backward = LIBRARY.wkv7_backward
+for _function in (_forward, _backward):
+    _function.argtypes = [ctypes.c_char_p]
+    _function.restype = ctypes.c_int
+
+
+def wkv7(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Runs the recurrence of RWKV-7: sa = a S, S = diag(exp(log_w)) S + b^T sa + k^T v, o = r S, in float32.
+
+    r, log_w, k, a, b are (B, T, H, K) and v is (B, T, H, V), each float32, bfloat16 or float16, strided at will.
+    state (B, H, K, V) float32 is the state before the first token, None for zeros. cu_seqlens (n + 1,) int32 or int64
+    says that the single row holds n sequences, sequence i at tokens cu_seqlens[i] to cu_seqlens[i + 1]; states then have
+    n rows. Returns o (B, T, H, V) in the dtype of v and the state after the last token, float32. Gradients flow to every
+    input but cu_seqlens, once. Raises ValueError naming the argument that does not fit. Source: RWKV-7 "Goose" (Peng et
+    al. 2025), with the state transposed.
+    """
+    return torch.ops.wkv.wkv7.default(r, log_w, k, v, a, b, state, cu_seqlens)
+
+
+def _check(r, log_w, k, v, a, b, state, cu_seqlens) -> None:
+    shape, device = r.shape, r.device
+    if len(shape) != 4:
+        raise ValueError(f"r must have four dimensions (B, T, H, K), not shape {tuple(shape)}")
+    for name, x in (("log_w", log_w), ("k", k), ("a", a), ("b", b)):
+        if x.shape != shape:
+            raise ValueError(f"{name} must have the shape of r, {tuple(shape)}, not {tuple(x.shape)}")
+    B, T, H, K = shape
+    if v.dim() != 4 or v.shape[:3] != shape[:3]:
+        raise ValueError(f"v must have the shape of r except in the last dimension, {tuple(shape)}, not {tuple(v.shape)}")
+    for name, x in (("r", r), ("log_w", log_w), ("k", k), ("v", v), ("a", a), ("b", b)):
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} must be float32, bfloat16 or float16, not {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device}, r on {device}: all arguments must be on one device")
+    rows = B
+    if cu_seqlens is not None:
+        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) < 1:
+            raise ValueError(
+                f"cu_seqlens must be a vector of n + 1 int32 or int64, not {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+            )
+        if cu_seqlens.device != device:
+            raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, r on {device}: all arguments must be on one device")
+        if B != 1:
+            raise ValueError(f"cu_seqlens packs sequences in one row, but r has {B} rows")
+        rows = cu_seqlens.shape[0] - 1
+    if state is not None:
+        expected = (rows, H, K, v.shape[3])
+        if state.shape != expected:
+            raise ValueError(f"state must have shape {expected}, not {tuple(state.shape)}")
+        if state.dtype != torch.float32:
+            raise ValueError(f"state must be float32, not {state.dtype}")
+        if state.device != device:
+            raise ValueError(f"state is on {state.device}, r on {device}: all arguments must be on one device")
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def _words(x: Tensor) -> tuple:
+    strides = x.stride()
+    return x.data_ptr(), DTYPES[x.dtype], strides[0], strides[1], strides[2]
+
+
+def _state(x: Tensor | None) -> Tensor | None:
+    return x if x is None or (x.stride(3) == 1 and x.stride(2) == x.shape[3]) else x.contiguous()
+
+
+def _state_words(x: Tensor | None) -> tuple:
+    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def _input_words(inputs, state, cu_seqlens) -> list:
+    r, _, _, v, _, _ = inputs
+    B, T, H, K = r.shape
+    words = [B, T, H, K, v.shape[3], torch.get_num_threads(), 0, 0]
+    if cu_seqlens is not None:
+        words[0] = cu_seqlens.shape[0] - 1
+        words[6:8] = cu_seqlens.data_ptr(), cu_seqlens.dtype == torch.int64
+    for x in inputs:
+        words += _words(x)
+    words += _state_words(state)
+    return words
+
+
+@torch.library.impl("wkv::wkv7", "CPU")
+def _wkv7_cpu(r, log_w, k, v, a, b, state, cu_seqlens):
+    _check(r, log_w, k, v, a, b, state, cu_seqlens)
+    inputs = [_unit_stride(x) for x in (r, log_w, k, v, a, b)]
+    state = _state(state)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    words = _input_words(inputs, state, cu_seqlens)
+    o = torch.empty(v.shape, dtype=v.dtype)
+    final_state = torch.empty((words[0], r.shape[2], r.shape[3], v.shape[3]))
+    check(_forward(_FORWARD.pack(*words, *_words(o), *_state_words(final_state))))
+    return o, final_state
+
+
+@torch.library.impl("wkv::wkv7_backward", "CPU")
+def _wkv7_backward_cpu(grad_o, grad_final_state, r, log_w, k, v, a, b, state, cu_seqlens):
+    inputs = [_unit_stride(x) for x in (r, log_w, k, v, a, b)]
+    state, grad_final_state = _state(state), _state(grad_final_state)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    grad_o = torch.zeros_like(v) if grad_o is None else _unit_stride(grad_o)
+    words = _input_words(inputs, state, cu_seqlens)
+    grads = [torch.empty(x.shape, dtype=x.dtype) for x in inputs]
+    grad_state = torch.empty((words[0], r.shape[2], r.shape[3], v.shape[3]))
+    words += (*_words(grad_o), *_state_words(grad_final_state))
+    for grad in grads:
+        words += _words(grad)
+    check(_backward(_BACKWARD.pack(*words, *_state_words(grad_state))))
+    return *grads, grad_state
+
+
+@torch.library.register_fake("wkv::wkv7")
+def _wkv7_fake(r, log_w, k, v, a, b, state, cu_seqlens):
+    _check(r, log_w, k, v, a, b, state, cu_seqlens)
+    rows = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final_state = r.new_empty((rows, r.shape[2], r.shape[3], v.shape[3]), dtype=torch.float32)
+    return v.new_empty(v.shape), final_state
+
+
+@torch.library.register_fake("wkv::wkv7_backward")
+def _wkv7_backward_fake(grad_o, grad_final_state, r, log_w, k, v, a, b, state, cu_seqlens):
+    rows = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    grad_state = r.new_empty((rows, r.shape[2], r.shape[3], v.shape[3]), dtype=torch.float32)
+    return *(x.new_empty(x.shape) for x in (r, log_w, k, v, a, b)), grad_state
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, grad_o, grad_final_state):
+    r, log_w, k, v, a, b, state, cu_seqlens = ctx.saved_tensors
+    *grads, grad_state = torch.ops.wkv.wkv7_backward.default(
+        grad_o, grad_final_state, r, log_w, k, v, a, b, state, cu_seqlens
+    )
+    return *grads, None if state is None else grad_state, None
+
+
+def _differentiate_twice(ctx, *grads):
+    raise NotImplementedError("wkv7 has no second derivative")
+
+
+torch.library.register_autograd("wkv::wkv7", _differentiate, setup_context=_setup_context)
+torch.library.register_autograd("wkv::wkv7_backward", _differentiate_twice)

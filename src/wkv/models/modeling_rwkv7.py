@@ -1,0 +1,362 @@
+"""RWKV-7 ("Goose"): model, causal language model and sequence classifier.
+
+Glossary, as in the paper: B batch, T time, C residual width, H heads of K channels (A = H K), `r` receptance, `w` decay,
+`k` key, `v` value, `a` in-context learning rate, `g` gate; `x_r` ... `x_g` token-shift mixes, `k_k` and `k_a` key
+modifiers, `r_k` bonus, `v_first` the values of layer 0, S the WKV state (B, H, K, K) in float32.
+
+Source: "RWKV-7 Goose with Expressive Dynamic State Evolution" (2025) and the official inference code, whose Python path
+half-precision results follow: activations in the model's dtype, decay, state and accumulators in float32.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_rwkv7 import Rwkv7Config
+from .rwkv_common import (
+    RwkvPreTrainedModel,
+    check_inputs,
+    no_cache_in_training,
+    plan_sequences,
+    read_state,
+    recurrent_mask,
+    token_shift,
+    write_state,
+)
+from .wkv7 import wkv7
+
+# The decay is exp(-exp(-1/2) * sigmoid(w)), so between 0.545 and 1.
+LOG_DECAY_SCALE = -0.6065306597126334
+
+
+class Rwkv7LowRank(nn.Module):
+    """x -> W2 f(W1 x) (+ bias): how decay, learning rate, value mix and gate depend on the token."""
+
+    def __init__(self, config, rank: int, activation: nn.Module, bias: bool = True):
+        super().__init__()
+        down = nn.Linear(config.hidden_size, rank, bias=False)
+        self.lora = nn.Sequential(down, activation, nn.Linear(rank, config.attention_hidden_size, bias=bias))
+
+    def forward(self, x):
+        return self.lora(x)
+
+
+class Rwkv7GroupNorm(nn.GroupNorm):
+    """Group norm over the channels of each head, in float32 whatever the model's dtype."""
+
+    def forward(self, x):
+        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
+
+
+class Rwkv7TimeMix(nn.Module):
+    """The recurrent half of a block: token shift, the five projections, the WKV operator, group norm, bonus, gate."""
+
+    def __init__(self, config: Rwkv7Config, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_layers = config.num_hidden_layers
+        self.head_dim = config.head_dim
+        C, A = config.hidden_size, config.attention_hidden_size
+        self.x_r = nn.Parameter(torch.empty(1, 1, C))
+        self.x_w = nn.Parameter(torch.empty(1, 1, C))
+        self.x_k = nn.Parameter(torch.empty(1, 1, C))
+        self.x_v = nn.Parameter(torch.empty(1, 1, C))
+        self.x_a = nn.Parameter(torch.empty(1, 1, C))
+        self.x_g = nn.Parameter(torch.empty(1, 1, C))
+        self.k_k = nn.Parameter(torch.empty(A))
+        self.k_a = nn.Parameter(torch.empty(A))
+        self.r_k = nn.Parameter(torch.empty(config.num_heads, config.head_dim))
+        self.r_proj = nn.Linear(C, A, bias=False)
+        self.k_proj = nn.Linear(C, A, bias=False)
+        self.v_proj = nn.Linear(C, A, bias=False)
+        self.o_proj = nn.Linear(A, C, bias=False)
+        self.w_lora = Rwkv7LowRank(config, config.decay_low_rank_dim, nn.Tanh())
+        self.a_lora = Rwkv7LowRank(config, config.a_low_rank_dim, nn.Identity())
+        if layer_idx > 0:
+            self.v_lora = Rwkv7LowRank(config, config.v_low_rank_dim, nn.Identity())
+        self.g_lora = Rwkv7LowRank(config, config.gate_low_rank_dim, nn.Sigmoid(), bias=False)
+        self.g_norm = Rwkv7GroupNorm(config.num_heads, A, eps=config.group_norm_eps)
+
+    def forward(self, x, v_first, past_key_values, plan):
+        """x (B, T, C), v_first (B, T, A) or None in layer 0. Returns the update of the residual and v_first."""
+        B, T, _ = x.shape
+        carried, S = read_state(past_key_values, self.layer_idx, 0)
+        previous, last = token_shift(x, carried, plan)
+        delta = previous - x
+        r = self.r_proj(torch.addcmul(x, delta, self.x_r))
+        w = self.w_lora(torch.addcmul(x, delta, self.x_w))
+        k = self.k_proj(torch.addcmul(x, delta, self.x_k))
+        x_v = torch.addcmul(x, delta, self.x_v)
+        v = self.v_proj(x_v)
+        a = self.a_lora(torch.addcmul(x, delta, self.x_a)).sigmoid()
+        g = self.g_lora(torch.addcmul(x, delta, self.x_g))
+        if v_first is None:
+            v_first = v
+        else:
+            v = torch.lerp(v, v_first, self.v_lora(x_v).sigmoid())
+
+        # (B, T, H, K) from here to the group norm.
+        log_w = self.heads(LOG_DECAY_SCALE * w.float().sigmoid())
+        kk = F.normalize(self.heads(k * self.k_k).float(), dim=-1).to(x.dtype)
+        k = self.heads(torch.addcmul(k, k * (a - 1), self.k_a))
+        r, v, a = self.heads(r), self.heads(v), self.heads(a)
+        o, S = self.recurrence(r, log_w, k, v, -kk, kk * a, S, plan)
+        write_state(past_key_values, self.layer_idx, 0, last, S)
+
+        o = self.g_norm(o.reshape(B * T, -1)).view(B, T, -1)
+        bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
+        return self.o_proj((o.to(x.dtype) + bonus.flatten(2)) * g), v_first
+
+    def heads(self, x):
+        """(B, T, A) to (B, T, H, K)."""
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def recurrence(self, r, log_w, k, v, a, b, S, plan):
+        """The WKV operator on a batch that may hold padding (an identity step there) and packed documents."""
+        if plan.mask is not None:
+            padding = ~plan.mask[..., None, None]
+            log_w, k, b = (x.masked_fill(padding, 0) for x in (log_w, k, b))
+        if plan.cu_seqlens is None:
+            return wkv7(r, log_w, k, v, a, b, S)
+        B, T, H, K = r.shape
+        states = torch.zeros(plan.cu_seqlens.shape[0] - 1, H, K, K, dtype=torch.float32, device=r.device)
+        if S is not None:
+            states = states.index_copy(0, plan.first, S)
+        row = (x.reshape(1, B * T, H, K) for x in (r, log_w, k, v, a, b))
+        o, states = wkv7(*row, states, plan.cu_seqlens)
+        return o.view(B, T, H, K), states[plan.final]
+
+
+class Rwkv7ChannelMix(nn.Module):
+    """The position-wise half of a block: token shift, then value(relu(key(x))^2)."""
+
+    def __init__(self, config: Rwkv7Config, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_layers = config.num_hidden_layers
+        self.x_k = nn.Parameter(torch.empty(config.hidden_size))
+        self.key = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.value = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x, past_key_values, plan):
+        """x (B, T, C). Returns the update of the residual."""
+        carried, _ = read_state(past_key_values, self.layer_idx, 1)
+        previous, last = token_shift(x, carried, plan)
+        write_state(past_key_values, self.layer_idx, 1, last)
+        k = self.key(torch.addcmul(x, previous - x, self.x_k))
+        return self.value(F.relu(k).square())
+
+
+class Rwkv7Block(GradientCheckpointingLayer):
+    """Time-mix and channel-mix, each on the normalised residual; block 0 also normalises the embeddings."""
+
+    def __init__(self, config: Rwkv7Config, layer_idx: int):
+        super().__init__()
+        if layer_idx == 0:
+            self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn = Rwkv7TimeMix(config, layer_idx)
+        self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.ffn = Rwkv7ChannelMix(config, layer_idx)
+
+    # `v_first` is positional, so that re-entrant gradient checkpointing keeps its gradient.
+    def forward(self, hidden_states, v_first, past_key_values=None, plan=None):
+        if v_first is None:
+            hidden_states = self.pre_norm(hidden_states)
+        update, v_first = self.attn(self.attn_norm(hidden_states), v_first, past_key_values, plan)
+        hidden_states = hidden_states + update
+        return hidden_states + self.ffn(self.ffn_norm(hidden_states), past_key_values, plan), v_first
+
+
+class Rwkv7PreTrainedModel(RwkvPreTrainedModel):
+    config: Rwkv7Config
+    _no_split_modules = ["Rwkv7Block"]
+    _can_record_outputs = {"hidden_states": Rwkv7Block}
+    # Some checkpoints carry the value-residual tensors of layer 0, which nothing reads.
+    _keys_to_ignore_on_load_unexpected = [r"layers\.0\.attn\.v_lora\."]
+    _sizes_from_tensors = (
+        (r"embeddings\.weight$|(^|\.)emb\.weight$", ("vocab_size", "hidden_size")),
+        (r"att(n)?\.r_k$", ("num_heads", "head_dim")),
+        (r"(r_proj|receptance)\.weight$", ("attention_hidden_size",)),
+        (r"ffn\.key\.weight$", ("intermediate_size",)),
+        (r"w_lora\.lora\.0\.weight$", ("decay_low_rank_dim",)),
+        (r"a_lora\.lora\.0\.weight$", ("a_low_rank_dim",)),
+        (r"v_lora\.lora\.0\.weight$", ("v_low_rank_dim",)),
+        (r"g_lora\.lora\.0\.weight$", ("gate_low_rank_dim",)),
+        (r"att\.w1$", (None, "decay_low_rank_dim")),
+        (r"att\.a1$", (None, "a_low_rank_dim")),
+        (r"att\.v1$", (None, "v_low_rank_dim")),
+        (r"att\.g1$", (None, "gate_low_rank_dim")),
+    )
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """The official initialisation, tensor by tensor (RWKV-LM, the RWKV-7 trainer)."""
+        super()._init_weights(module)
+        if isinstance(module, nn.Embedding):
+            init.uniform_(module.weight, -1e-4, 1e-4)
+        elif isinstance(module, Rwkv7TimeMix):
+            _init_time_mix(module)
+        elif isinstance(module, Rwkv7ChannelMix):
+            C = module.x_k.numel()
+            ratio = 1 - module.layer_idx / module.num_layers
+            init.copy_(module.x_k, 1 - (torch.arange(C) / C) ** (ratio**4))
+            init.orthogonal_(module.key.weight)
+            init.zeros_(module.value.weight)
+        elif isinstance(module, RWKV7ForCausalLM):
+            V, C = module.lm_head.weight.shape
+            init.orthogonal_(module.lm_head.weight, gain=0.5 * max(1.0, V / C) ** 0.5)
+
+
+def _init_time_mix(m: Rwkv7TimeMix) -> None:
+    C, A = m.x_r.numel(), m.k_k.numel()
+    depth = m.layer_idx / max(1, m.num_layers - 1)
+    remaining = 1 - m.layer_idx / m.num_layers
+    position = torch.arange(C) / C
+    for x, power in ((m.x_r, 0.2), (m.x_w, 0.9), (m.x_k, 0.7), (m.x_v, 0.7), (m.x_a, 0.9), (m.x_g, 0.2)):
+        init.copy_(x, (1 - position ** (power * remaining)).view(1, 1, C))
+
+    n = torch.arange(A)
+    linear = n / max(1, A - 1) - 0.5
+    zigzag = (n % m.head_dim - (m.head_dim - 1) / 2) / max(1, (m.head_dim - 1) / 2)
+    zigzag = zigzag * zigzag.abs()
+    decay = -6 + 6 * (n / max(1, A - 1)) ** (1 + depth**0.3) + 0.5 + 2.5 * zigzag
+    init.copy_(m.w_lora.lora[2].bias, decay)
+    init.copy_(m.a_lora.lora[2].bias, -0.19 + 0.3 * zigzag + 0.4 * linear)
+    low_ranks = [m.w_lora, m.a_lora, m.g_lora]
+    if m.layer_idx > 0:
+        init.copy_(m.v_lora.lora[2].bias, 0.73 - 0.4 * linear)
+        low_ranks.append(m.v_lora)
+    for low_rank in low_ranks:
+        init.zeros_(low_rank.lora[0].weight)
+        rank = low_rank.lora[2].in_features
+        init.orthogonal_(low_rank.lora[2].weight, gain=0.1 * max(1.0, rank / A) ** 0.5)
+
+    init.copy_(m.k_k, 0.71 - 0.1 * linear)
+    init.constant_(m.k_a, 1.02)
+    init.constant_(m.r_k, -0.04)
+    init.orthogonal_(m.r_proj.weight)
+    init.orthogonal_(m.k_proj.weight, gain=0.1)
+    init.orthogonal_(m.v_proj.weight)
+    init.zeros_(m.o_proj.weight)
+    init.constant_(m.g_norm.weight, ((1 + m.layer_idx) / m.num_layers) ** 0.7)
+
+
+class Rwkv7Model(Rwkv7PreTrainedModel):
+    """The blocks between embedding and head. Returns the normalised last hidden state and the cache."""
+
+    _keys_to_ignore_on_load_unexpected = [*Rwkv7PreTrainedModel._keys_to_ignore_on_load_unexpected, r"^lm_head\."]
+
+    def __init__(self, config: Rwkv7Config):
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Rwkv7Block(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @no_cache_in_training
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        cu_seq_lens_q=None,
+        seq_idx=None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Shapes: input_ids (B, T) or inputs_embeds (B, T, C); attention_mask (B, T), or (B, past + T) with a cache.
+
+        Packed documents are told by `cu_seq_lens_q` (n + 1,) with B = 1, by `seq_idx` (B, T), or by `position_ids`
+        (B, T) restarting at 0. Raises `ValueError` for shapes, ids or caches that do not fit.
+        """
+        check_inputs(self.config, input_ids, inputs_embeds, attention_mask, past_key_values)
+        if inputs_embeds is None:
+            inputs_embeds = self.embeddings(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if isinstance(attention_mask, dict):
+            mask = attention_mask["rwkv"]
+        else:
+            mask = recurrent_mask(self.config, inputs_embeds, attention_mask, past_key_values)
+        continues = past_key_values is not None and past_key_values.has_previous_state(0, 0)
+        plan = plan_sequences(inputs_embeds, mask, position_ids, continues, cu_seq_lens_q, seq_idx)
+
+        hidden_states, v_first = inputs_embeds, None
+        for layer in self.layers:
+            hidden_states, v_first = layer(hidden_states, v_first, past_key_values=past_key_values, plan=plan)
+        if past_key_values is not None:
+            for layer_cache in past_key_values.layers:
+                layer_cache.advance(inputs_embeds.shape[1])
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class RWKV7ForCausalLM(Rwkv7PreTrainedModel, GenerationMixin):
+    """RWKV-7 with its language-model head."""
+
+    def __init__(self, config: Rwkv7Config):
+        super().__init__(config)
+        self.model = Rwkv7Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Inputs as in `Rwkv7Model.forward`; logits (B, T, V), or only those that `logits_to_keep` asks for.
+
+        `labels` (B, T) are the input ids, -100 where no loss is wanted; they are shifted here.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+
+class RWKV7ForSequenceClassification(GenericForSequenceClassification, Rwkv7PreTrainedModel):
+    """RWKV-7 with a linear head on the last token that is not padding: classifiers and reward models."""
+
+    _keys_to_ignore_on_load_unexpected = Rwkv7Model._keys_to_ignore_on_load_unexpected
+
+    def __init__(self, config: Rwkv7Config):
+        Rwkv7PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = Rwkv7Model(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()

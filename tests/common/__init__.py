@@ -1,0 +1,1 @@
+"""What transformers' own common model tests need and the published sdist lacks."""

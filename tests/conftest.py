@@ -1,0 +1,136 @@
+"""What the tests share: one table of tiny configurations, one of tolerances, and models whose every part is at work.
+
+A generation is one row of TINY; the model tests run on every row.
+"""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import wkv  # noqa: F401  (registers the model types)
+
+collect_ignore = ["common"]
+
+# Ranks and head count differ from each other and from every other size, so that no two can be mixed up unnoticed.
+TINY = {
+    "rwkv7": {
+        "vocab_size": 50,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "intermediate_size": 96,
+        "decay_low_rank_dim": 5,
+        "a_low_rank_dim": 3,
+        "v_low_rank_dim": 7,
+        "gate_low_rank_dim": 9,
+        "max_position_embeddings": 64,
+    },
+}
+
+# Largest absolute error of logits of scale 5, by the model's dtype.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.03}
+
+# transformers' own auto classes that a generation is registered with.
+AUTO_CLASSES = [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification]
+
+
+def tiny_config(model_type: str, **changes):
+    return AutoConfig.for_model(model_type, **{**TINY[model_type], **changes})
+
+
+def busy_model(model_type: str, auto_class=AutoModelForCausalLM, seed: int = 0, **changes):
+    """A tiny model in eval mode with every weight drawn anew: nothing is zero or closed, logits have a scale of 5.
+
+    A freshly initialised RWKV is no test subject: its output projections are zero.
+    """
+    config = tiny_config(model_type, **changes)
+    model = auto_class.from_config(config).eval()
+    return stir(model, seed)
+
+
+def stir(model: torch.nn.Module, seed: int = 0):
+    """Draw matrices with unit gain and move every other parameter away from its initial value, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator).to(p)
+            if "embed" in name:
+                p.copy_(noise)
+            elif sum(n > 1 for n in p.shape) == 2 and name.endswith(".weight"):
+                gain = 2.0 if "head" in name or "score" in name else 1.0
+                p.copy_(gain * p.shape[-1] ** -0.5 * noise)
+            else:
+                p.add_(0.2 * noise)
+    return model
+
+
+def random_ids(*shape: int, seed: int = 0, vocab_size: int = 50) -> torch.Tensor:
+    """Ids of real tokens: id 0 ends a text and pads."""
+    return torch.randint(1, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def states(cache, row: int | None = None) -> list[torch.Tensor]:
+    """Every state tensor of a cache, layer by layer; with `row`, that row of the batch only."""
+    tensors = [t for layer in cache.layers for d in (layer.conv_states, layer.recurrent_states) for t in d.values()]
+    return tensors if row is None else [t[row : row + 1] for t in tensors]
+
+
+def assert_close(actual, expected, dtype: torch.dtype = torch.float32, what: str = ""):
+    """Compare tensors, or lists of tensors pairwise, by the one table of tolerances."""
+    if isinstance(actual, torch.Tensor):
+        actual, expected = [actual], [expected]
+    assert len(actual) == len(expected) > 0
+    for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
+        torch.testing.assert_close(
+            x.float(), y.float(), rtol=0, atol=TOLERANCE[dtype], msg=lambda text, i=i: f"{what} [{i}]: {text}"
+        )
+
+
+def assert_gradients_close(actual: dict, expected: dict):
+    """Compare gradients by name, each within 1e-4 of the largest value that the expected one holds."""
+    assert actual.keys() == expected.keys()
+    for name, g in expected.items():
+        assert g is not None and actual[name] is not None, f"{name} has no gradient"
+        scale = max(g.abs().max().item(), 1e-3)
+        error = (actual[name] - g).abs().max().item()
+        assert error <= TOLERANCE[torch.float32] * scale, f"gradient of {name}: error {error:.2e} at scale {scale:.2e}"
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    """Copies of the parameters' gradients, by name; clears them."""
+    taken = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return taken
+
+
+@pytest.fixture(params=sorted(TINY))
+def model_type(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def _busy_models():
+    return {}
+
+
+@pytest.fixture
+def model(model_type, _busy_models):
+    """A causal language model of this generation, shared by the tests: they must not change it."""
+    if model_type not in _busy_models:
+        _busy_models[model_type] = busy_model(model_type)
+    return _busy_models[model_type]
+
+
+@pytest.fixture
+def own_model(model):
+    """A copy of `model` that the test may change."""
+    return copy.deepcopy(model)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_seeded():
+    transformers.utils.logging.set_verbosity_error()
+    torch.manual_seed(0)

@@ -1,0 +1,158 @@
+"""The training parts against the official trainer's rules, and inside transformers' Trainer."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from wkv.models.modeling_rwkv7 import RWKV7ForCausalLM, Rwkv7Config
+from wkv.training import l2wrap_loss, learning_rate_factor, optimizers, parameter_groups
+
+
+def tiny_model(seed: int = 0) -> RWKV7ForCausalLM:
+    torch.manual_seed(seed)
+    config = Rwkv7Config(
+        vocab_size=61,
+        hidden_size=64,
+        num_hidden_layers=2,
+        head_dim=32,
+        decay_low_rank_dim=8,
+        a_low_rank_dim=8,
+        v_low_rank_dim=8,
+        gate_low_rank_dim=8,
+    )
+    return RWKV7ForCausalLM(config)
+
+
+def names_by_group(model) -> dict[str, set[str]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {group["name"]: {names[id(p)] for p in group["params"]} for group in parameter_groups(model, 1e-3)}
+
+
+def test_groups_are_the_official_ones_by_name():
+    groups = names_by_group(tiny_model())
+    assert groups["decay_bias"] == {f"model.layers.{i}.attn.w_lora.lora.2.bias" for i in (0, 1)}
+    matrices = {"model.embeddings.weight", "lm_head.weight"}
+    for i in (0, 1):
+        matrices |= {f"model.layers.{i}.attn.{x}_proj.weight" for x in "rkvo"}
+        matrices |= {f"model.layers.{i}.ffn.{x}.weight" for x in ("key", "value")}
+    assert groups["matrices"] == matrices
+    assert groups["rest"] == {n for n, _ in tiny_model().named_parameters()} - matrices - groups["decay_bias"]
+
+
+def test_groups_carry_the_official_rates_and_decays():
+    groups = {group["name"]: group for group in parameter_groups(tiny_model(), lr=1e-3, weight_decay=0.1)}
+    assert (groups["matrices"]["lr"], groups["matrices"]["weight_decay"]) == (1e-3, 0.1)
+    assert (groups["decay_bias"]["lr"], groups["decay_bias"]["weight_decay"]) == (2e-3, 0.0)
+    assert (groups["rest"]["lr"], groups["rest"]["weight_decay"]) == (1e-3, 0.0)
+
+
+def test_frozen_parameters_are_left_out():
+    model = tiny_model()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        parameter_groups(model, 1e-3)
+    model.lm_head.weight.requires_grad_(True)
+    assert names_by_group(model) == {"matrices": {"lm_head.weight"}}
+
+
+def test_schedule_follows_the_formula():
+    factor = [learning_rate_factor(step, total_steps=110, warmup_steps=10, final_ratio=0.1) for step in range(121)]
+    assert factor[0] == pytest.approx(0.01)
+    assert factor[5] == pytest.approx(0.01 + 0.99 * 0.5)
+    assert factor[10] == pytest.approx(1.0)
+    assert factor[35] == pytest.approx(0.55 + 0.45 * math.cos(math.pi / 4))
+    assert factor[60] == pytest.approx(0.55)
+    assert factor[110] == factor[120] == pytest.approx(0.1)
+
+
+def test_optimizer_has_the_official_constants_and_scheduled_rates():
+    optimizer, scheduler = optimizers(tiny_model(), lr=1e-3, total_steps=20, warmup_steps=2, final_ratio=0.5)
+    assert all(group["betas"] == (0.9, 0.99) and group["eps"] == 1e-18 for group in optimizer.param_groups)
+    rates = []
+    for _ in range(21):
+        rates.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+        optimizer.step()
+        scheduler.step()
+    assert rates[0] == pytest.approx({"matrices": 1e-5, "decay_bias": 2e-5, "rest": 1e-5})
+    assert rates[2] == pytest.approx({"matrices": 1e-3, "decay_bias": 2e-3, "rest": 1e-3})
+    assert rates[20] == pytest.approx({"matrices": 5e-4, "decay_bias": 1e-3, "rest": 5e-4})
+
+
+@pytest.mark.parametrize("warmup_steps", [-1, 10])
+def test_impossible_warmup_is_refused(warmup_steps):
+    with pytest.raises(ValueError, match="total_steps=10"):
+        optimizers(tiny_model(), lr=1e-3, total_steps=10, warmup_steps=warmup_steps)
+
+
+@pytest.mark.parametrize("items", [None, 40])
+def test_l2wrap_gradient_is_the_formula(items):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 9, 13, requires_grad=True)
+    labels = torch.randint(13, (2, 9))
+    labels[0, 3:6] = -100
+    counted = torch.zeros(2, 9, dtype=torch.bool)
+    counted[:, :-1] = labels[:, 1:] != -100
+    n = items or int(counted.sum())
+
+    plain = torch.zeros(())
+    for b, t in counted.nonzero().tolist():
+        plain = plain - logits[b, t].log_softmax(-1)[labels[b, t + 1]] / n
+    (expected,) = torch.autograd.grad(plain, logits)
+    largest, index = logits.detach().max(-1)
+    for b, t in counted.nonzero().tolist():
+        expected[b, t, index[b, t]] += 1e-4 / n * largest[b, t]
+
+    loss = l2wrap_loss(SimpleNamespace(logits=logits), labels, num_items_in_batch=items)
+    torch.testing.assert_close(loss, plain)
+    incoming = 1024.0
+    (gradient,) = torch.autograd.grad(incoming * loss, logits)
+    torch.testing.assert_close(gradient, incoming * expected, rtol=1e-5, atol=1e-9 * incoming)
+
+
+class CountingUp(Dataset):
+    """Sequences x, x + 1, x + 2, ... modulo the vocabulary, which any model learns at once."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        ids = (7 * i + torch.arange(24)) % 61
+        return {"input_ids": ids, "labels": ids}
+
+
+def train(tmp_path, batch: int, accumulation: int, steps: int = 12) -> tuple[RWKV7ForCausalLM, list[float]]:
+    model = tiny_model()
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=CountingUp(),
+        optimizers=optimizers(model, lr=5e-3, total_steps=steps, warmup_steps=2),
+        compute_loss_func=l2wrap_loss,
+    )
+    trainer.train()
+    return model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_trainer_learns_and_accumulation_changes_nothing(tmp_path):
+    whole, losses = train(tmp_path, batch=8, accumulation=1)
+    assert losses[-1] < 0.7 * losses[0]
+    parts, losses_in_parts = train(tmp_path, batch=2, accumulation=4)
+    assert losses_in_parts == pytest.approx(losses, rel=1e-3)
+    distance = [(a - b).abs().max().item() for a, b in zip(whole.parameters(), parts.parameters(), strict=True)]
+    assert max(distance) < 2e-3
