@@ -1,4 +1,4 @@
-"""The programs that `bench.py` measures, each in a process of its own: a constructor that loads, methods that do the work.
+"""The programs that `bench.py` measures, each in a process of its own: a constructor loads, methods do the work.
 
 Letters: D residual width, L blocks, V vocabulary rows, F feed-forward width, T tokens, B batch, H heads, K head size.
 Every method of a contender returns seconds; `serve` answers the calls of `bench.py` over a pipe.
@@ -114,8 +114,9 @@ class Wkv(HuggingFace):
     requires = "wkv"
 
     def __init__(self, shape: Shape, official: Path, folder: Path, dtype: str):
-        import wkv  # noqa: F401
         from transformers import AutoModelForCausalLM
+
+        import wkv  # noqa: F401
 
         super().__init__(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
 
@@ -177,81 +178,6 @@ class Rwkv:
         return time.perf_counter() - start
 
     logits = HuggingFace.logits
-
-
-class Wkv7:
-    """Forms of the RWKV-7 operator, forward and backward at B = 1, T = 512, H = 12, K = 64."""
-
-    requires = "wkv"
-
-    def __init__(self):
-        import torch
-        import torch.nn.functional as F
-        from wkv.models import wkv7
-
-        generator = torch.Generator().manual_seed(0)
-        r, k, v, x, y, z = torch.randn(6, 1, 512, 12, 64, generator=generator)
-        kk = F.normalize(x, dim=-1)
-        log_w = -0.6065 * torch.sigmoid(y)
-        self.inputs = [r, log_w, k * 0.3, v, -kk, kk * torch.sigmoid(z)]
-        self.gradient = torch.randn(v.shape, generator=generator)
-        self.forms = {
-            "compiled": wkv7.wkv7,
-            "chunked": wkv7.chunk_wkv7,
-            "naive chunks": naive_chunkwise_wkv7,
-            "loop": wkv7.naive_recurrent_wkv7,
-        }
-
-    def step(self, form: str) -> float:
-        """Forward and backward of one form."""
-        inputs = [t.clone().requires_grad_() for t in self.inputs]
-        start = time.perf_counter()
-        o, _ = self.forms[form](*inputs)
-        o.backward(self.gradient)
-        return time.perf_counter() - start
-
-    def error(self, form: str) -> float:
-        """Largest difference between the output of a form and that of the loop."""
-        import torch
-
-        with torch.no_grad():
-            return (self.forms[form](*self.inputs)[0] - self.forms["loop"](*self.inputs)[0]).abs().max().item()
-
-
-def naive_chunkwise_wkv7(r, log_w, k, v, a, b, n: int = 16):
-    """The chunk form written plainly: rows and forward substitution in Python loops, all exponents exact and <= 0.
-
-    r, log_w, k, a, b (B, T, H, K), v (B, T, H, V), T a multiple of `n`, zero initial state; returns o and the final
-    state (B, H, K, V). Inside a chunk, u_i = a_i S_{i-1} solves a unit lower triangular system.
-    """
-    import torch
-
-    r, log_w, k, v, a, b = (x.unflatten(1, (-1, n)).permute(1, 0, 3, 2, 4) for x in (r, log_w, k, v, a, b))
-    c = log_w.cumsum(-2)  # (chunks, B, H, n, K)
-    e = c - log_w
-    S = r.new_zeros(*r.shape[1:3], r.shape[-1], v.shape[-1])  # (B, H, K, V)
-    outputs = []
-    for N in range(r.shape[0]):
-        u, o = [], []
-        for i in range(n):
-            before = torch.exp(e[N, :, :, i, None] - c[N, :, :, :i])
-            u_i = torch.einsum("bhk,bhkv->bhv", a[N, :, :, i] * e[N, :, :, i].exp(), S)
-            if i:
-                a_k = torch.einsum("bhk,bhjk,bhjk->bhj", a[N, :, :, i], before, k[N, :, :, :i])
-                a_b = torch.einsum("bhk,bhjk,bhjk->bhj", a[N, :, :, i], before, b[N, :, :, :i])
-                u_i = u_i + torch.einsum("bhj,bhjv->bhv", a_k, v[N, :, :, :i])
-                u_i = u_i + torch.einsum("bhj,bhjv->bhv", a_b, torch.stack(u, -2))
-            u.append(u_i)
-            upto = torch.exp(c[N, :, :, i, None] - c[N, :, :, : i + 1])
-            r_k = torch.einsum("bhk,bhjk,bhjk->bhj", r[N, :, :, i], upto, k[N, :, :, : i + 1])
-            r_b = torch.einsum("bhk,bhjk,bhjk->bhj", r[N, :, :, i], upto, b[N, :, :, : i + 1])
-            o_i = torch.einsum("bhk,bhkv->bhv", r[N, :, :, i] * c[N, :, :, i].exp(), S)
-            o_i = o_i + torch.einsum("bhj,bhjv->bhv", r_k, v[N, :, :, : i + 1])
-            o.append(o_i + torch.einsum("bhj,bhjv->bhv", r_b, torch.stack(u, -2)))
-        rest = torch.exp(c[N, :, :, -1:] - c[N])
-        S = S * c[N, :, :, -1, :, None].exp() + (k[N] * rest).mT @ v[N] + (b[N] * rest).mT @ torch.stack(u, -2)
-        outputs.append(torch.stack(o, -2))
-    return torch.stack(outputs).permute(1, 0, 3, 2, 4).flatten(1, 2), S
 
 
 class Machine:

@@ -19,16 +19,16 @@ from corpus import Blocks, bits_per_byte, split, token_stream
 from plots import loss_curve
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-import wkv
+from wkv.training import l2wrap_loss, optimizers
 from wkv.models.modeling_rwkv7 import RWKV7ForCausalLM, Rwkv7Config
-from wkv.models.tokenization_rwkv import RwkvTokenizer
+from wkv.models.tokenization_rwkv import RwkvTokenizer, read_world_vocabulary
+from wkv.vocabulary import build_tokenizer, select_pieces, world_vocabulary_file
 
 
 @dataclass
 class PretrainArguments(TrainingArguments):
     """The defaults train the shipped model."""
 
-    tokenizer: str | None = None
     vocab_size: int = 4096
     hidden_size: int = 256
     num_hidden_layers: int = 6
@@ -46,6 +46,8 @@ class PretrainArguments(TrainingArguments):
     eval_steps: float | None = 200
     save_steps: float = 100
     save_total_limit: int | None = 2
+    use_cpu: bool = True
+    bf16: bool = True
     seed: int = 7
     disable_tqdm: bool | None = True
     dataloader_pin_memory: bool = False
@@ -103,6 +105,14 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     return next((checkpoint for checkpoint in reversed(checkpoints) if is_complete(checkpoint)), None)
 
 
+def make_tokenizer(folder: Path, texts: list[str], size: int) -> RwkvTokenizer:
+    """Return the tokenizer in `folder`; the first time, choose its pieces for `texts` and save it there."""
+    if not (folder / "tokenizer.json").exists():
+        pieces = select_pieces(texts, read_world_vocabulary(world_vocabulary_file()), size)
+        build_tokenizer(pieces=pieces).save_pretrained(folder)
+    return RwkvTokenizer.from_pretrained(folder)
+
+
 def main() -> None:
     args = HfArgumentParser(PretrainArguments).parse_args_into_dataclasses()[0]
     set_seed(args.seed)
@@ -111,7 +121,7 @@ def main() -> None:
     if args.held_out_bytes is not None:
         held_out = [held_out[-1][: args.held_out_bytes]]
 
-    tokenizer = make_tokenizer(args, training)
+    tokenizer = make_tokenizer(output / "tokenizer", training, args.vocab_size)
     stream = token_stream(tokenizer, training)
     config = Rwkv7Config(
         vocab_size=args.vocab_size,
@@ -133,7 +143,7 @@ def main() -> None:
         eval_dataset=held_out,
         processing_class=tokenizer,
         data_collator=lambda samples: {key: torch.stack([s[key] for s in samples]) for key in samples[0]},
-        optimizers=wkv.optimizers(
+        optimizers=optimizers(
             model,
             lr=args.learning_rate,
             total_steps=args.max_steps,
@@ -141,7 +151,7 @@ def main() -> None:
             warmup_steps=int(args.warmup_steps),
             final_ratio=args.final_lr_ratio,
         ),
-        compute_loss_func=wkv.l2wrap_loss,
+        compute_loss_func=l2wrap_loss,
         callbacks=[SaveOnInterrupt()],
     )
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(output))

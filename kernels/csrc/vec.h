@@ -55,9 +55,14 @@ WKV_INLINE void store(float* p, Vec x) {
     __builtin_memcpy(p, &x, sizeof x);
 }
 
+// Every second value of x, then of y.
+WKV_INLINE Vec even_lanes(Vec x, Vec y) {
+    return __builtin_shufflevector(x, y, WKV_EVEN);
+}
+
 // Neighbours added: the first half of the result comes from x, the second from y.
 WKV_INLINE Vec add_pairs(Vec x, Vec y) {
-    return __builtin_shufflevector(x, y, WKV_EVEN) + __builtin_shufflevector(x, y, WKV_ODD);
+    return even_lanes(x, y) + __builtin_shufflevector(x, y, WKV_ODD);
 }
 
 // to[j * ld_to + i] = from[i * ld_from + j] for i, j in [0, kLanes): log2(kLanes) perfect shuffles.

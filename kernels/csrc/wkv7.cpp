@@ -14,11 +14,17 @@ namespace {
 // A task shorter than this many state elements updated is not worth another thread.
 constexpr int64_t kMinimumWork = 1 << 18;
 
-const Wkv7Kernels& kernels() {
-#define WKV_TABLE(isa) &isa::wkv7_kernels,
-    static const Wkv7Kernels* const tables[] = {WKV_FOR_EACH_ISA(WKV_TABLE)};
-#undef WKV_TABLE
-    return *tables[isa_index()];
+struct Kernels {
+    void (*forward)(const wkv7_forward_args&, const Wkv7Task&, float*);
+    void (*backward)(const wkv7_backward_args&, const Wkv7Task&, float*, float*);
+    void (*sum_parts)(const wkv7_backward_args&, int64_t, int64_t, int64_t, float*, int64_t, int64_t);
+};
+
+const Kernels& kernels() {
+#define WKV_ROW(isa) {isa::wkv7_forward, isa::wkv7_backward, isa::wkv7_sum_parts},
+    static constexpr Kernels table[] = {WKV_FOR_EACH_ISA(WKV_ROW)};
+#undef WKV_ROW
+    return table[isa_index()];
 }
 
 int64_t cu_seqlen(const wkv7_inputs& in, int64_t i) {

@@ -80,6 +80,17 @@ typedef struct {
 
 WKV_API int wkv7_backward(const wkv7_backward_args* args);
 
+/* A trie of byte strings, in `words` that the caller owns. Piece i is bytes[ends[i - 1], ends[i]) and has id i; an
+ * empty piece has no id, nor can piece 0 have one. All 256 single bytes must be among the pieces. Returns how many words
+ * the trie takes, the rest of `capacity` may be cut off; -1 when they or the memory do not suffice. */
+WKV_API int64_t wkv_trie_build(const uint8_t* bytes, const int64_t* ends, int64_t n_pieces, uint64_t* words,
+                               int64_t capacity);
+
+/* Greedy longest match. Text i is bytes[ends[i - 1], ends[i]); its counts[i] ids are written from ids[ends[i - 1]] on.
+ * spans, or NULL, gets for each id the first character and the one after the last, counted in the text as UTF-8. */
+WKV_API void wkv_trie_encode(const uint64_t* words, const uint8_t* bytes, const int64_t* ends, int64_t n_texts,
+                             int32_t* ids, int32_t* spans, int64_t* counts, int64_t n_threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -12,7 +12,10 @@ import torch
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-_ERRORS = {1: MemoryError("libwkv: out of memory"), 2: ValueError("cu_seqlens must rise from 0 to the number of tokens")}
+_ERRORS = {
+    1: MemoryError("libwkv: out of memory"),
+    2: ValueError("cu_seqlens must rise from 0 to the number of tokens"),
+}
 
 
 def _load() -> ctypes.CDLL:

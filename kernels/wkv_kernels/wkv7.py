@@ -64,7 +64,9 @@ def _check(r, log_w, k, v, a, b, state, cu_seqlens) -> None:
             raise ValueError(f"{name} must have the shape of r, {tuple(shape)}, not {tuple(x.shape)}")
     B, T, H, K = shape
     if v.dim() != 4 or v.shape[:3] != shape[:3]:
-        raise ValueError(f"v must have the shape of r except in the last dimension, {tuple(shape)}, not {tuple(v.shape)}")
+        raise ValueError(
+            f"v must have the shape of r except in the last dimension, {tuple(shape)}, not {tuple(v.shape)}"
+        )
     for name, x in (("r", r), ("log_w", log_w), ("k", k), ("v", v), ("a", a), ("b", b)):
         if x.dtype not in DTYPES:
             raise ValueError(f"{name} must be float32, bfloat16 or float16, not {x.dtype}")
@@ -77,7 +79,9 @@ def _check(r, log_w, k, v, a, b, state, cu_seqlens) -> None:
                 f"cu_seqlens must be a vector of n + 1 int32 or int64, not {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
             )
         if cu_seqlens.device != device:
-            raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, r on {device}: all arguments must be on one device")
+            raise ValueError(
+                f"cu_seqlens is on {cu_seqlens.device}, r on {device}: all arguments must be on one device"
+            )
         if B != 1:
             raise ValueError(f"cu_seqlens packs sequences in one row, but r has {B} rows")
         rows = cu_seqlens.shape[0] - 1

@@ -1,24 +1,109 @@
-"""One table of generations, and the only place that registers anything with transformers."""
+"""One table of generations, and the only place that registers anything with transformers.
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+Registering needs the model classes, and they need torch and half of transformers. So that `import wkv` stays cheap, each
+part of the registration waits until the module of transformers that it concerns has been imported.
+"""
 
-from .models.configuration_rwkv7 import Rwkv7Config
-from .models.modeling_rwkv7 import RWKV7ForCausalLM, RWKV7ForSequenceClassification, Rwkv7Model
-from .models.tokenization_rwkv import RwkvTokenizer
+import importlib
+import sys
 
-# configuration: base model, causal language model, sequence classifier, tokenizer
+# model type: (configuration, base model, causal language model, sequence classifier), in modules of wkv.models
 GENERATIONS = {
-    Rwkv7Config: (Rwkv7Model, RWKV7ForCausalLM, RWKV7ForSequenceClassification, RwkvTokenizer),
+    "rwkv7": (
+        "configuration_rwkv7.Rwkv7Config",
+        "modeling_rwkv7.Rwkv7Model",
+        "modeling_rwkv7.RWKV7ForCausalLM",
+        "modeling_rwkv7.RWKV7ForSequenceClassification",
+    ),
 }
+TOKENIZER = "tokenization_rwkv.RwkvTokenizer"
+# Names under which tokenizer_config.json files in the wild ask for the World tokenizer.
+TOKENIZER_ALIASES = ("RWKVWorldTokenizer", "Rwkv5Tokenizer", "Rwkv6Tokenizer", "RWKV7Tokenizer")
 
 
 def register() -> None:
-    """Make AutoConfig, AutoModel..., and AutoTokenizer know every generation. Calling it again changes nothing."""
-    for config, (base, causal, classifier, tokenizer) in GENERATIONS.items():
-        AutoConfig.register(config.model_type, config, exist_ok=True)
+    """Make AutoConfig, the AutoModel classes and AutoTokenizer know every generation, now or as they are imported."""
+    _run_actions()
+    if _waiting and not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+class _AfterImport:
+    """A finder that lets the others find a module, and sees which part of the registration can run once it is loaded."""
+
+    def find_spec(self, name, path=None, target=None):
+        if not any(name in needed for needed in _waiting.values()):
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module):
+                execute(module)
+                _loaded.add(name)
+                _run_actions()
+
+            spec.loader.exec_module = execute_and_register
+        return spec
+
+
+def _run_actions() -> None:
+    for action, needed in list(_waiting.items()):
+        # The first one is transformers' own; ours are imported by the action, but not while they are being imported.
+        if needed[0] in sys.modules and not any(map(_is_loading, needed)) and _waiting.pop(action, None):
+            action()
+
+
+def _is_loading(name: str) -> bool:
+    module = sys.modules.get(name)
+    return name not in _loaded and module is not None and getattr(module.__spec__, "_initializing", False)
+
+
+def _load(name: str):
+    module, _, attribute = name.partition(".")
+    return getattr(importlib.import_module(f"{_MODELS}.{module}"), attribute)
+
+
+def _register_configurations() -> None:
+    from transformers import AutoConfig
+
+    for model_type, (config, *_) in GENERATIONS.items():
+        AutoConfig.register(model_type, _load(config), exist_ok=True)
+
+
+def _register_tokenizers() -> None:
+    from transformers import AutoTokenizer
+
+    for config, *_ in GENERATIONS.values():
+        for alias in TOKENIZER_ALIASES:
+            AutoTokenizer.register(_load(config), tokenizer_class=_load(f"tokenization_rwkv.{alias}"), exist_ok=True)
+        AutoTokenizer.register(_load(config), tokenizer_class=_load(TOKENIZER), exist_ok=True)
+
+
+def _register_models() -> None:
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from .layouts import conversion_mapping
+
+    for model_type, names in GENERATIONS.items():
+        config, base, causal, classifier = map(_load, names)
         AutoModel.register(config, base, exist_ok=True)
         AutoModelForCausalLM.register(config, causal, exist_ok=True)
         AutoModelForSequenceClassification.register(config, classifier, exist_ok=True)
-        AutoTokenizer.register(config, tokenizer_class=tokenizer, exist_ok=True)
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type] = causal.__name__
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = causal.__name__
+    for model_type, transforms in conversion_mapping().items():
+        register_checkpoint_conversion_mapping(model_type, transforms, overwrite=True)
+
+
+_MODELS = f"{__package__}.models"
+_GENERATION_MODULES = {f"{_MODELS}.{name.partition('.')[0]}" for names in GENERATIONS.values() for name in names}
+# What has not run yet, and the modules that must not be half imported when it does.
+_waiting = {
+    _register_configurations: ("transformers.models.auto.configuration_auto", *_GENERATION_MODULES),
+    _register_tokenizers: ("transformers.models.auto.tokenization_auto", f"{_MODELS}.tokenization_rwkv"),
+    _register_models: ("transformers.models.auto.modeling_auto", *_GENERATION_MODULES),
+}
+_loaded = set()

@@ -108,8 +108,9 @@ class Chat:
             streamer=stream,
             stopping_criteria=StoppingCriteriaList([stream]),
             max_new_tokens=max_new_tokens,
+            suppress_tokens=[0],
             return_dict_in_generate=True,
-            **generate_arguments(self.tokenizer, len(ids), forbidden=(0,), **self.settings),
+            **generate_arguments(self.tokenizer, len(ids), **self.settings),
         )
         self.cache = output.past_key_values
         # The last token was sampled but not read yet.

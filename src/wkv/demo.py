@@ -1,9 +1,8 @@
 """The small RWKV-7 that ships with the package."""
 
-from importlib.resources import files
 from pathlib import Path
 
 
 def demo_model_path() -> Path:
     """Return the folder of the shipped model, for `from_pretrained`; its README.md says what it is and what it scores."""
-    return Path(str(files("wkv") / "demo_model"))
+    return Path(__file__).with_name("demo_model")

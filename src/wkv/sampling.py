@@ -18,7 +18,7 @@ class RwkvSampling(LogitsProcessor):
 
     Every token generated so far loses `presence` plus `frequency` times its count, where an occurrence counts
     `decay` less with each later token. Tokens less likely than the one with which the sum of the descending
-    probabilities first reaches `top_p` are dropped. `temperature` must be positive; ids in `forbidden` never come, ids in
+    probabilities first reaches `top_p` are dropped. `temperature` must be positive; ids in
     `unpenalized` may repeat. Source: the pipeline and chat programs of the `rwkv` package and RWKV-LM.
     """
 
@@ -31,15 +31,16 @@ class RwkvSampling(LogitsProcessor):
         frequency: float = 0.0,
         decay: float = PENALTY_DECAY,
         unpenalized: tuple[int, ...] = (),
-        forbidden: tuple[int, ...] = (),
     ):
         if temperature <= 0:
-            raise ValueError(f"temperature is {temperature}: it must be positive (for greedy text pass do_sample=False)")
+            raise ValueError(
+                f"temperature is {temperature}: it must be positive (for greedy text pass do_sample=False)"
+            )
         if not 0 <= top_p <= 1:
             raise ValueError(f"top_p is {top_p}: it must lie between 0 and 1")
         self.prompt_length, self.temperature, self.top_p = prompt_length, temperature, top_p
         self.presence, self.frequency, self.decay = presence, frequency, decay
-        self.unpenalized, self.forbidden = list(unpenalized), list(forbidden)
+        self.unpenalized = list(unpenalized)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Logits (B, V) after the ids (B, T), prompt included, to logits to sample from."""
@@ -51,8 +52,6 @@ class RwkvSampling(LogitsProcessor):
             penalty = self.presence * (counts > 0) + self.frequency * counts
             penalty[:, self.unpenalized] = 0
             scores = scores - penalty
-        if self.forbidden:
-            scores = scores.index_fill(1, torch.tensor(self.forbidden, device=scores.device), float("-inf"))
         probabilities = scores.softmax(-1)
         descending = probabilities.sort(descending=True).values
         # The first position where the sum reaches top_p; rounding may keep the whole sum just below 1.
@@ -64,7 +63,7 @@ class RwkvSampling(LogitsProcessor):
 def generate_arguments(
     tokenizer: PreTrainedTokenizerBase, prompt_length: int, temperature: float, top_p: float, **settings
 ) -> dict:
-    """Arguments of `generate` for the official sampler; temperature 0 or top_p 0 is greedy, as in the official programs.
+    """Arguments of `generate` for the official sampler; temperature 0 or top_p 0 is greedy, as officially.
 
     The official programs let spaces, tabs and digits repeat without a penalty; so does this.
     """

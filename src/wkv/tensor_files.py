@@ -2,7 +2,7 @@
 
 A `.pth` file is a zip archive of a pickle, which names the tensors, and one record of raw bytes a storage. The pickle
 is read by an unpickler that knows tensors and dictionaries and nothing else, so it cannot run code. A safetensors file
-is a JSON header followed by raw bytes; we write it ourselves because the library wants a whole file's tensors in memory.
+is a JSON header followed by raw bytes; ours is written here because the library wants all tensors of a file in memory.
 """
 
 import json
@@ -12,6 +12,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,11 +47,12 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message is one line that names the file and the culprit."""
 
 
-class TensorInfo(NamedTuple):
-    """What is known of a tensor before it is read."""
+class LazyTensor(NamedTuple):
+    """A tensor that is read from its file by every call of `read()`."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
 
     @property
     def nbytes(self) -> int:
@@ -60,11 +62,10 @@ class TensorInfo(NamedTuple):
 
 @dataclass
 class Checkpoint:
-    """The tensors of a file or folder: `infos` by name, `read(name)` loads one, `metadata` is that of safetensors."""
+    """The tensors of a file or folder by name; `metadata` is that of a safetensors file."""
 
     path: Path
-    infos: dict[str, TensorInfo]
-    read: Callable[[str], torch.Tensor]
+    tensors: dict[str, LazyTensor]
     metadata: dict[str, str] = field(default_factory=dict)
 
 
@@ -105,10 +106,9 @@ def _open_shards(folder: Path, index: Path) -> Checkpoint:
         shards = {name: open_checkpoint(folder / name) for name in sorted(set(weight_map.values()))}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a valid index of shards") from error
-    if lost := [name for name, shard in weight_map.items() if name not in shards[shard].infos]:
+    if lost := [name for name, shard in weight_map.items() if name not in shards[shard].tensors]:
         raise CheckpointError(f"{folder / weight_map[lost[0]]}: lacks {lost[0]}, which {index.name} places there")
-    infos = {name: shards[shard].infos[name] for name, shard in weight_map.items()}
-    return Checkpoint(folder, infos, lambda name: shards[weight_map[name]].read(name))
+    return Checkpoint(folder, {name: shards[shard].tensors[name] for name, shard in weight_map.items()})
 
 
 def _open_safetensors(path: Path) -> Checkpoint:
@@ -119,7 +119,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
 
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in sorted(file.keys())}
             metadata = file.metadata() or {}
             shapes = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except SafetensorError as error:
@@ -127,8 +127,10 @@ def _open_safetensors(path: Path) -> Checkpoint:
     if unknown := {name: dtype for name, (_, dtype) in shapes.items() if dtype not in _DTYPE_OF_SAFETENSORS}:
         name, dtype = unknown.popitem()
         raise CheckpointError(f"{path}: tensor {name} has the unsupported type {dtype}")
-    infos = {name: TensorInfo(shape, _DTYPE_OF_SAFETENSORS[dtype]) for name, (shape, dtype) in shapes.items()}
-    return Checkpoint(path, infos, read, metadata)
+    tensors = {}
+    for name, (shape, dtype) in shapes.items():
+        tensors[name] = LazyTensor(shape, _DTYPE_OF_SAFETENSORS[dtype], partial(read, name))
+    return Checkpoint(path, tensors, metadata)
 
 
 class _Storage(NamedTuple):
@@ -159,14 +161,15 @@ def _rebuild_parameter(tensor, *_):
     return tensor
 
 
+_KNOWN_GLOBALS = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+}
+
+
 class _TensorUnpickler(pickle.Unpickler):
     """Reads dictionaries of tensors; every other name in the pickle is refused, so nothing in it can be called."""
-
-    _KNOWN = {  # noqa: RUF012
-        ("collections", "OrderedDict"): OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-        ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    }
 
     def __init__(self, file, path: Path):
         super().__init__(file)
@@ -175,8 +178,8 @@ class _TensorUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if module == "torch" and name in _DTYPE_OF_STORAGE:
             return _DTYPE_OF_STORAGE[name]
-        if (module, name) in self._KNOWN:
-            return self._KNOWN[module, name]
+        if (module, name) in _KNOWN_GLOBALS:
+            return _KNOWN_GLOBALS[module, name]
         raise CheckpointError(f"{self._path}: refused, its pickle wants to call {module}.{name}; only tensors are read")
 
     def persistent_load(self, pid):
@@ -238,8 +241,10 @@ def _open_pth(path: Path) -> Checkpoint:
         except (zipfile.BadZipFile, EOFError, RuntimeError, OSError) as error:
             raise CheckpointError(f"{path}: tensor {name} is corrupt ({error})") from error
 
-    infos = {name: TensorInfo(tensor.shape, tensor.storage.dtype) for name, tensor in content.items()}
-    return Checkpoint(path, infos, read)
+    tensors = {}
+    for name, tensor in content.items():
+        tensors[name] = LazyTensor(tensor.shape, tensor.storage.dtype, partial(read, name))
+    return Checkpoint(path, tensors)
 
 
 def _open_legacy_pth(path: Path) -> Checkpoint:
@@ -251,35 +256,32 @@ def _open_legacy_pth(path: Path) -> Checkpoint:
     except Exception as error:
         raise CheckpointError(f"{path}: truncated or corrupt ({str(error).splitlines()[0]})") from error
     _check_flat(path, content, torch.Tensor)
-    infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in content.items()}
-    return Checkpoint(path, infos, lambda name: content[name].detach().contiguous())
+    tensors = {}
+    for name, tensor in content.items():
+        tensors[name] = LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.detach().contiguous)
+    return Checkpoint(path, tensors)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def write_safetensors(
-    path: Path,
-    infos: dict[str, TensorInfo],
-    read: Callable[[str], torch.Tensor],
-    metadata: dict[str, str] | None = None,
-) -> None:
-    """Write the named tensors to one safetensors file, asking `read(name)` for each in turn."""
+def write_safetensors(path: Path, tensors: dict[str, LazyTensor], metadata: dict[str, str] | None = None) -> None:
+    """Write the named tensors to one safetensors file, reading one after the other."""
     # Wide types first, as the library does, so that every tensor is aligned to its element size.
-    names = sorted(infos, key=lambda name: -infos[name].dtype.itemsize)
+    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"} | (metadata or {})}
     end = 0
     for name in names:
-        start, end = end, end + infos[name].nbytes
-        dtype, _ = DTYPES[infos[name].dtype]
-        header[name] = {"dtype": dtype, "shape": list(infos[name].shape), "data_offsets": [start, end]}
+        start, end = end, end + tensors[name].nbytes
+        dtype, _ = DTYPES[tensors[name].dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            file.write(_bytes(read(name)))
+            file.write(_bytes(tensors[name].read()))
 
 
 class _TensorPickler(pickle.Pickler):
@@ -289,19 +291,19 @@ class _TensorPickler(pickle.Pickler):
         return None
 
 
-def write_pth(path: Path, infos: dict[str, TensorInfo], read: Callable[[str], torch.Tensor]) -> None:
-    """Write the named tensors as a `.pth` file that torch.load reads, asking `read(name)` for each in turn."""
+def write_pth(path: Path, tensors: dict[str, LazyTensor]) -> None:
+    """Write the named tensors as a `.pth` file that torch.load reads, reading one after the other."""
     content = {}
-    for key, (name, info) in enumerate(infos.items()):
-        stride = torch.empty(info.shape, device="meta").stride()
-        storage = _Storage(str(key), info.dtype, torch.Size(info.shape).numel())
-        content[name] = _PickledTensor(storage, 0, tuple(info.shape), stride)
+    for key, (name, tensor) in enumerate(tensors.items()):
+        stride = torch.empty(tensor.shape, device="meta").stride()
+        storage = _Storage(str(key), tensor.dtype, torch.Size(tensor.shape).numel())
+        content[name] = _PickledTensor(storage, 0, tuple(tensor.shape), stride)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("archive/data.pkl", "w") as file:
             _TensorPickler(file, protocol=2).dump(content)
         _write_record(archive, "archive/byteorder", b"little")
-        for name, tensor in content.items():
-            _write_record(archive, f"archive/data/{tensor.storage.key}", _bytes(read(name)))
+        for key, tensor in enumerate(tensors.values()):
+            _write_record(archive, f"archive/data/{key}", _bytes(tensor.read()))
         _write_record(archive, "archive/version", b"3\n")
 
 

@@ -1,4 +1,4 @@
-"""Vocabularies for the World tokenizer: the official one from the installed `rwkv` package, and smaller ones chosen for a corpus."""
+"""World vocabularies: the official one from the installed `rwkv` package, and smaller ones chosen for a corpus."""
 
 import hashlib
 import heapq
@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from .models.tokenization_rwkv import RwkvTokenizer, read_world_vocabulary
+from .models.rwkv_vocabulary import read_world_vocabulary
+from .models.tokenization_rwkv import RwkvTokenizer
 
 WORLD_FILE = RwkvTokenizer.vocab_files_names["vocab_file"]
 # Of the file with LF line ends; copies with CRLF are in circulation.
@@ -23,7 +24,9 @@ def world_vocabulary_file() -> Path:
     """
     package = importlib.util.find_spec("rwkv")
     if package is None or not package.submodule_search_locations:
-        raise FileNotFoundError(f"the World vocabulary {WORLD_FILE} is needed: `pip install rwkv`, or name the file (--vocab)")
+        raise FileNotFoundError(
+            f"the World vocabulary {WORLD_FILE} is needed: `pip install rwkv`, or name the file (--vocab)"
+        )
     path = Path(package.submodule_search_locations[0]) / WORLD_FILE
     digest = hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
     if digest != WORLD_SHA256:
@@ -34,8 +37,8 @@ def world_vocabulary_file() -> Path:
 def build_tokenizer(vocab_file: str | Path | None = None, pieces: Iterable[bytes] | None = None) -> RwkvTokenizer:
     """A World tokenizer from the installed `rwkv` package, from an official vocabulary file, or from pieces.
 
-    With `pieces`, ids 1..256 are the single bytes and 257.. the longer pieces in the order given, so a small model needs few embedding rows.
-    Raises ValueError for an empty or repeated piece.
+    With `pieces`, ids 1..256 are the single bytes and 257.. the longer pieces in the order given, so that a small model
+    needs few embedding rows. Raises ValueError for an empty or repeated piece.
     """
     if pieces is None:
         return RwkvTokenizer.from_vocabulary(read_world_vocabulary(vocab_file or world_vocabulary_file()))
@@ -46,7 +49,9 @@ def build_tokenizer(vocab_file: str | Path | None = None, pieces: Iterable[bytes
     if wrong is not None:
         raise ValueError(f"pieces must be distinct and not empty, got {wrong!r} {counts[wrong]} times")
     single = [bytes([byte]) for byte in range(256)]
-    return RwkvTokenizer.from_vocabulary(dict(enumerate(single + [piece for piece in counts if len(piece) > 1], start=1)))
+    return RwkvTokenizer.from_vocabulary(
+        dict(enumerate(single + [piece for piece in counts if len(piece) > 1], start=1))
+    )
 
 
 def save_tokenizer(directory: str | Path, vocab_file: str | Path | None = None) -> RwkvTokenizer:
@@ -69,9 +74,9 @@ def save_tokenizer(directory: str | Path, vocab_file: str | Path | None = None) 
 def select_pieces(texts: Iterable[str], vocabulary: dict[int, bytes], size: int) -> list[bytes]:
     """The pieces of `vocabulary` that shorten the corpus most, for a tokenizer of `size` ids, end-of-text included.
 
-    Returns the 256 single bytes and up to `size - 257` longer pieces, in order of their ids (fewer when the corpus does not need as many).
-    The number kept is halved or so a few times, and the corpus tokenized anew each time, so that the counts agree with what is left.
-    Raises ValueError when `size` is below 257.
+    Returns the 256 single bytes and up to `size - 257` longer pieces, in order of their ids; fewer when the corpus has
+    no use for as many. The number is brought down in steps, with the corpus tokenized anew at each, so that the counts
+    agree with what is left. Raises ValueError when `size` is below 257.
     """
     if size < 257:
         raise ValueError(f"size {size} leaves no room for end-of-text and the 256 bytes: at least 257")
@@ -87,7 +92,7 @@ def select_pieces(texts: Iterable[str], vocabulary: dict[int, bytes], size: int)
 def _keep_most_useful(counts: Counter[bytes], pieces: set[bytes], limit: int) -> set[bytes]:
     """Drop pieces one by one until at most `limit` are in use, always the one whose loss costs fewest tokens.
 
-    A dropped piece hands its count to the parts that greedy matching makes of it, which may bring an unused piece into use.
+    A dropped piece hands its count to the parts that greedy matching makes of it; these may have been unused before.
     """
     alive = set(pieces)
     in_use = {piece for piece in pieces if counts[piece]}

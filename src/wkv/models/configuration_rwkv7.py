@@ -24,6 +24,16 @@ _WITHOUT_EFFECT = (
 _FIXED = {"hidden_act": "sqrelu", "norm_first": True, "norm_bias": True, "attn": None}
 
 
+def correct_world_tokens(config, vocab_size: int) -> None:
+    """Correct bos 1 and eos 2 in a (generation) config of the World vocabulary, where they are the bytes 0x00 and 0x01.
+
+    Some published folders name them, and generation with them never stops: the vocabulary ends texts with id 0.
+    """
+    if vocab_size == 65536 and (config.bos_token_id == 1 or config.eos_token_id == 2):
+        logger.info("config names the bytes 0x00/0x01 as bos/eos; the World vocabulary ends texts with id 0")
+        config.bos_token_id, config.eos_token_id = 0, 0 if config.eos_token_id == 2 else config.eos_token_id
+
+
 @strict
 class Rwkv7Config(PreTrainedConfig):
     """The sizes of an RWKV-7 model.
@@ -99,10 +109,7 @@ class Rwkv7Config(PreTrainedConfig):
             kwargs.pop(key, None)
         if self.auto_map.get("AutoConfig", "").rpartition(".")[2] != type(self).__name__:
             self.auto_map = {}
-        # Ids 1 and 2 of the World vocabulary are the bytes 0x00 and 0x01; some published configs name them bos and eos.
-        if self.vocab_size == 65536 and (self.bos_token_id == 1 or self.eos_token_id == 2):
-            logger.info("config names the bytes 0x00/0x01 as bos/eos; the World vocabulary ends texts with id 0")
-            self.bos_token_id, self.eos_token_id = 0, 0 if self.eos_token_id == 2 else self.eos_token_id
+        correct_world_tokens(self, self.vocab_size)
 
     def validate_architecture(self) -> None:
         """Part of the checks that run after construction."""

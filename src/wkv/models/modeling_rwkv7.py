@@ -21,7 +21,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_rwkv7 import Rwkv7Config
+from .configuration_rwkv7 import Rwkv7Config, correct_world_tokens
 from .rwkv_common import (
     RwkvPreTrainedModel,
     check_inputs,
@@ -188,10 +188,10 @@ class Rwkv7PreTrainedModel(RwkvPreTrainedModel):
         (r"att(n)?\.r_k$", ("num_heads", "head_dim")),
         (r"(r_proj|receptance)\.weight$", ("attention_hidden_size",)),
         (r"ffn\.key\.weight$", ("intermediate_size",)),
-        (r"w_lora\.lora\.0\.weight$", ("decay_low_rank_dim",)),
-        (r"a_lora\.lora\.0\.weight$", ("a_low_rank_dim",)),
-        (r"v_lora\.lora\.0\.weight$", ("v_low_rank_dim",)),
-        (r"g_lora\.lora\.0\.weight$", ("gate_low_rank_dim",)),
+        (r"(w_lora\.lora\.0|att\.w1)\.weight$", ("decay_low_rank_dim",)),
+        (r"(a_lora\.lora\.0|att\.a1)\.weight$", ("a_low_rank_dim",)),
+        (r"(v_lora\.lora\.0|att\.v1)\.weight$", ("v_low_rank_dim",)),
+        (r"(g_lora\.lora\.0|att\.g1)\.weight$", ("gate_low_rank_dim",)),
         (r"att\.w1$", (None, "decay_low_rank_dim")),
         (r"att\.a1$", (None, "a_low_rank_dim")),
         (r"att\.v1$", (None, "v_low_rank_dim")),
@@ -212,9 +212,10 @@ class Rwkv7PreTrainedModel(RwkvPreTrainedModel):
             init.copy_(module.x_k, 1 - (torch.arange(C) / C) ** (ratio**4))
             init.orthogonal_(module.key.weight)
             init.zeros_(module.value.weight)
-        elif isinstance(module, RWKV7ForCausalLM):
-            V, C = module.lm_head.weight.shape
-            init.orthogonal_(module.lm_head.weight, gain=0.5 * max(1.0, V / C) ** 0.5)
+        # By the head itself: transformers skips the rule of a module without parameters of its own.
+        elif module is getattr(self, "lm_head", None):
+            V, C = module.weight.shape
+            init.orthogonal_(module.weight, gain=0.5 * max(1.0, V / C) ** 0.5)
 
 
 def _init_time_mix(m: Rwkv7TimeMix) -> None:
@@ -254,7 +255,10 @@ def _init_time_mix(m: Rwkv7TimeMix) -> None:
 class Rwkv7Model(Rwkv7PreTrainedModel):
     """The blocks between embedding and head. Returns the normalised last hidden state and the cache."""
 
-    _keys_to_ignore_on_load_unexpected = [*Rwkv7PreTrainedModel._keys_to_ignore_on_load_unexpected, r"^lm_head\."]
+    _keys_to_ignore_on_load_unexpected = [
+        *Rwkv7PreTrainedModel._keys_to_ignore_on_load_unexpected,
+        r"^(lm_head|score)\.",
+    ]
 
     def __init__(self, config: Rwkv7Config):
         super().__init__(config)
@@ -313,6 +317,11 @@ class RWKV7ForCausalLM(Rwkv7PreTrainedModel, GenerationMixin):
         self.model = Rwkv7Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        """Part of `from_pretrained`: the folder's own generation settings may name the wrong special tokens too."""
+        super().adjust_generation_fn(*args, **kwargs)
+        correct_world_tokens(self.generation_config, self.config.vocab_size)
 
     @can_return_tuple
     def forward(

@@ -305,6 +305,8 @@ class RwkvPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         """As transformers', but the sizes are read from the tensors, and a missing or unknown tensor is an error."""
+        # Not for the configuration, which cannot hold a dtype of "auto".
+        dtype = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         if not isinstance(config, PreTrainedConfig):
             source = pretrained_model_name_or_path if config is None else config
@@ -314,7 +316,7 @@ class RwkvPreTrainedModel(PreTrainedModel):
         if kwargs.get("gguf_file") is None:
             shapes = checkpoint_shapes(pretrained_model_name_or_path, kwargs.get("state_dict"), hub)
             config = cls.config_from_shapes(config, shapes)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **dtype, **kwargs)
 
     @classmethod
     def config_from_shapes(cls, config, shapes: dict[str, tuple[int, ...]]):

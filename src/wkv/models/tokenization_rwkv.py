@@ -1,23 +1,23 @@
-"""World tokenizer of RWKV: at each position the longest piece of the vocabulary that matches the UTF-8 bytes of the text.
+"""World tokenizer of RWKV: at each position the longest piece of the vocabulary that matches the bytes of the text.
 
-Ids: 0 is end-of-text and has no bytes; 1..256 are the bytes 0x00..0xFF; longer pieces follow (1..65529 in the World vocabulary).
-Two engines give the same ids. `tokenizer.json` holds the vocabulary as a WordLevel model behind one regular expression, which is the
-whole trie written out, so any program that reads `tokenizer.json` needs nothing of ours. Where `wkv_kernels` is installed, its compiled
-trie does the bulk of the work. Pieces are byte strings, many of them invalid UTF-8, so inside the `tokenizers` library every byte is
-written as one printable character (the byte-level alphabet of GPT-2).
+Two engines give the same ids. `tokenizer.json` holds the vocabulary behind one regular expression, the whole trie
+written out, so a program that reads `tokenizer.json` needs nothing of ours. Where `wkv_kernels` is installed, its trie,
+made from the same file at the first use, does the bulk of the work.
 """
 
-import ast
 import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
-from tokenizers import AddedToken, Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Encoding
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy, logging
 
+from .rwkv_vocabulary import backend_pieces, encode_with_backend, read_world_vocabulary, world_backend
+
+# One warning that nothing is compiled is enough; the module of the operator gives it.
 try:
     from wkv_kernels.trie import Trie
 except ImportError:
@@ -27,6 +27,24 @@ logger = logging.get_logger(__name__)
 
 END_OF_TEXT = "<|rwkv_tokenizer_end_of_text|>"
 
+# What the trie serves; any other option that is set goes to the `tokenizers` library.
+TRIE_OPTIONS = {
+    "add_special_tokens",
+    "padding_strategy",
+    "truncation_strategy",
+    "max_length",
+    "pad_to_multiple_of",
+    "padding_side",
+    "return_tensors",
+    "return_attention_mask",
+    "return_special_tokens_mask",
+    "return_offsets_mapping",
+    "return_length",
+    "split_special_tokens",
+    "verbose",
+}
+
+# A blank line ends a turn, so there is none inside a system or user text; assistants may write them.
 CHAT_TEMPLATE = r"""{%- for message in messages %}
     {%- if message['content'] is string %}
         {%- set content = message['content'] %}
@@ -50,110 +68,8 @@ CHAT_TEMPLATE = r"""{%- for message in messages %}
 {%- endif %}"""
 
 
-def _byte_alphabet() -> list[str]:
-    """The character that stands for each byte: itself where printable, the next free one from U+0100 on elsewhere."""
-    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    printable = {ord(c): c for c in characters if ord(c) < 256}
-    substitutes = (c for c in characters if ord(c) >= 256)
-    return [printable.get(byte) or next(substitutes) for byte in range(256)]
-
-
-BYTE_TO_CHARACTER = _byte_alphabet()
-CHARACTER_TO_BYTE = {ord(c): byte for byte, c in enumerate(BYTE_TO_CHARACTER)}
-
-
-def to_alphabet(data: bytes) -> str:
-    return data.decode("latin-1").translate(BYTE_TO_CHARACTER)
-
-
-def from_alphabet(token: str) -> bytes:
-    return token.translate(CHARACTER_TO_BYTE).encode("latin-1")
-
-
-def read_world_vocabulary(path: str | Path) -> dict[int, bytes]:
-    """Read an official vocabulary file, lines of `id literal byte_length`, into id -> bytes.
-
-    Raises ValueError naming the file and the line for anything but ids 1, 2, 3, ... with distinct pieces of the stated length, the first 256
-    of them the single bytes in order.
-    """
-    vocabulary: dict[int, bytes] = {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a World vocabulary: {error}") from None
-    seen = set()
-    for number, line in enumerate(lines, start=1):
-        try:
-            index, rest = line.split(" ", 1)
-            literal, length = rest.rsplit(" ", 1)
-            piece = ast.literal_eval(literal)
-            piece = piece.encode() if isinstance(piece, str) else piece
-            if not isinstance(piece, bytes) or len(piece) != int(length):
-                raise ValueError(f"the literal does not have the stated {length} bytes")
-            if int(index) != number:
-                raise ValueError(f"id {index} where {number} was due")
-            if number <= 256 and piece != bytes([number - 1]):
-                raise ValueError(f"id {number} must be the byte {number - 1:#04x}")
-            if not piece or piece in seen:
-                raise ValueError("an empty or repeated piece")
-        except (ValueError, SyntaxError) as error:
-            raise ValueError(f"{path}, line {number}: expected `id literal byte_length`: {error}") from None
-        seen.add(piece)
-        vocabulary[number] = piece
-    if len(vocabulary) < 256:
-        raise ValueError(f"{path}: {len(vocabulary)} pieces, but the 256 single bytes alone need 256 lines")
-    return vocabulary
-
-
-def _trie_regex(pieces: Iterable[bytes]) -> str:
-    """The trie of the pieces as one regular expression that matches the longest piece at a position.
-
-    Children that lead to the same sub-expression share it. Escapes are the ones that every regex dialect accepts.
-    """
-    root: dict = {}
-    for piece in pieces:
-        node = root
-        for byte in piece:
-            node = node.setdefault(byte, {})
-        node[None] = {}
-
-    def expression(node: dict) -> str:
-        heads: dict[str, list[str]] = {}
-        for byte, child in node.items():
-            if byte is not None:
-                heads.setdefault(expression(child), []).append(BYTE_TO_CHARACTER[byte])
-        branches = []
-        for tail, characters in heads.items():
-            if len(characters) == 1:
-                head = re.sub(r"[\^$.*+?()\[\]{}|\\]", r"\\\g<0>", characters[0])
-            else:
-                head = "[" + re.sub(r"[\^\-\[\]\\]", r"\\\g<0>", "".join(characters)) + "]"
-            branches.append(head + tail)
-        if not branches:
-            return ""
-        # The engine tries branches in order; a long branch holds much of the vocabulary and so much of the text.
-        alternatives = "|".join(sorted(branches, key=len, reverse=True))
-        if None in node:
-            return f"(?:{alternatives})?"
-        return alternatives if len(branches) == 1 else f"(?:{alternatives})"
-
-    return expression(root)
-
-
-def world_backend(vocabulary: dict[int, bytes], end_of_text: str = END_OF_TEXT) -> Tokenizer:
-    """The `tokenizers` pipeline for a vocabulary id -> bytes that holds the 256 single bytes; id 0 becomes `end_of_text`."""
-    tokens = {end_of_text: 0} | {to_alphabet(piece): index for index, piece in vocabulary.items()}
-    backend = Tokenizer(models.WordLevel(tokens, unk_token=end_of_text))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False, trim_offsets=False)
-    longest_match = pre_tokenizers.Split(Regex(_trie_regex(vocabulary.values())), behavior="isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([byte_level, longest_match])
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(end_of_text, special=True, normalized=False)])
-    return backend
-
-
 class _LazyEncodings(Sequence):
-    """The `encodings` of a batch that the trie tokenized, computed by the `tokenizers` library when someone asks for them."""
+    """The `encodings` of a batch from the trie, made by the `tokenizers` library when someone asks for them."""
 
     def __init__(self, size: int, compute: Callable[[], list[Encoding]]):
         self.size, self.compute, self.encodings = size, compute, None
@@ -170,20 +86,48 @@ class _LazyEncodings(Sequence):
         return list, (self[:],)
 
 
-class RwkvTokenizer(PreTrainedTokenizerFast):
-    """The World tokenizer; made by `from_pretrained` (a `tokenizer.json` or the official vocabulary file) or `from_vocabulary`.
+def _encode_between(trie: "Trie", texts: Sequence[str], found: list[tuple[int, AddedToken]]) -> list:
+    """(ids, spans) of texts that contain added tokens: these are cut out first, the longest at each place.
 
-    pad = bos = eos = unk = id 0 and nothing is added to a text. A `tokenizer.json` of another kind (GPT-NeoX for RWKV-4 Pile) works as in
-    the base class.
+    As in the `tokenizers` library, tokens that are not `normalized` (all special ones) are cut out before the others.
+    """
+    # (row, first character, text, id if the text is an added token)
+    parts = [(row, 0, text, None) for row, text in enumerate(texts)]
+    for normalized in (False, True):
+        ids = {token.content: index for index, token in found if token.normalized == normalized}
+        if not ids:
+            continue
+        pattern = re.compile("(" + "|".join(re.escape(content) for content in sorted(ids, key=len, reverse=True)) + ")")
+        uncut, parts = parts, []
+        for row, start, text, index in uncut:
+            for place, part in enumerate(pattern.split(text) if index is None else [text]):
+                if part:
+                    parts.append((row, start, part, ids[part] if place % 2 else index))
+                    start += len(part)
+    encoded = iter(trie.encode([text.encode() for *_, text, index in parts if index is None], spans=True))
+    row_ids = [[np.empty(0, np.int32)] for _ in texts]
+    row_spans = [[np.empty((0, 2), np.int32)] for _ in texts]
+    for row, start, text, index in parts:
+        ids, span = next(encoded) if index is None else (np.array([index], np.int32), np.array([[0, len(text)]]))
+        row_ids[row].append(ids)
+        row_spans[row].append(span + start)
+    return list(zip(map(np.concatenate, row_ids), map(np.concatenate, row_spans), strict=True))
+
+
+class RwkvTokenizer(PreTrainedTokenizerFast):
+    """The World tokenizer, from a `tokenizer.json`, from the official vocabulary file, or by `from_vocabulary`.
+
+    pad = bos = eos = unk = id 0, and nothing is added to a text. With a `tokenizer.json` of another kind (GPT-NeoX, for
+    RWKV-4 Pile) it is what its base class is.
     """
 
-    vocab_files_names = {"vocab_file": "rwkv_vocab_v20230424.txt", "tokenizer_file": "tokenizer.json"}
-    # id -> bytes and the compiled trie, made at the first use.
-    _world: tuple[list[bytes], "Trie | None"] | None = None
+    vocab_files_names: ClassVar = {"vocab_file": "rwkv_vocab_v20230424.txt", "tokenizer_file": "tokenizer.json"}
+    # Bytes of each id and compiled trie, made at the first use; (None, None) for a `tokenizer.json` of another kind.
+    _world: tuple[list[bytes] | None, "Trie | None"] | None = None
 
     @classmethod
     def from_vocabulary(cls, vocabulary: dict[int, bytes]) -> "RwkvTokenizer":
-        """A tokenizer for id -> bytes, as `read_world_vocabulary` returns it; ids need not be those of the World vocabulary."""
+        """A tokenizer for id -> bytes. Ids must be 1, 2, 3, ... and all 256 single bytes be among the pieces."""
         return cls(**cls._world_arguments(vocabulary, END_OF_TEXT), chat_template=CHAT_TEMPLATE)
 
     @staticmethod
@@ -198,16 +142,17 @@ class RwkvTokenizer(PreTrainedTokenizerFast):
     def convert_to_native_format(cls, **kwargs) -> dict:
         """Take `tokenizer.json` as it is; build the same pipeline where a folder has only the official vocabulary file.
 
-        Such folders name id 0 in several ways and some call the ordinary piece "\\n\\n" their eos; here id 0 gets one name and all four roles.
+        Such folders name id 0 in several ways, and some call the ordinary piece of two newlines their eos; here id 0
+        has one name and all four roles.
         """
         if kwargs.get("tokenizer_file"):
             kwargs.pop("vocab_file", None)
             return kwargs
         vocabulary = read_world_vocabulary(kwargs.pop("vocab_file"))
-        names = [str(kwargs.pop(role, None) or "") for role in ("unk_token", "bos_token", "eos_token", "pad_token")]
-        end_of_text = next((name for name in names if name.strip()), END_OF_TEXT)
-        if names[2] not in ("", end_of_text):
-            logger.warning(f"eos_token {names[2]!r} of the tokenizer config is replaced by {end_of_text!r} (id 0)")
+        unk, bos, eos, pad = (str(kwargs.pop(f"{role}_token", None) or "") for role in ("unk", "bos", "eos", "pad"))
+        end_of_text = next((name for name in (unk, bos, eos, pad) if name.strip()), END_OF_TEXT)
+        if eos not in ("", end_of_text):
+            logger.warning(f"eos_token {eos!r} of the tokenizer config is replaced by {end_of_text!r}, id 0")
         added = kwargs.pop("added_tokens_decoder", {})
         kwargs["added_tokens_decoder"] = {index: token for index, token in added.items() if index > len(vocabulary)}
         kwargs.setdefault("chat_template", CHAT_TEMPLATE)
@@ -216,30 +161,32 @@ class RwkvTokenizer(PreTrainedTokenizerFast):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_world": None}
 
-    def _load_world(self) -> tuple[list[bytes], "Trie | None"] | None:
-        """id -> bytes and the trie, or None when the backend is not the World pipeline."""
-        backend = self._tokenizer
-        is_world = isinstance(backend.model, models.WordLevel) and backend.normalizer is None
-        if is_world and self._world is None:
-            tokens = backend.get_vocab(with_added_tokens=False)
-            tokens.pop(backend.model.unk_token)
-            pieces = [b""] * (max(tokens.values()) + 1)
-            for token, index in tokens.items():
-                pieces[index] = from_alphabet(token)
-            self._world = pieces, Trie and Trie(pieces)
-        return self._world if is_world else None
+    def _load_world(self) -> tuple[list[bytes] | None, "Trie | None"]:
+        if self._world is None:
+            pieces = backend_pieces(self._tokenizer)
+            self._world = pieces, Trie(pieces) if Trie and pieces else None
+        return self._world
+
+    def _world_pieces(self) -> list[bytes]:
+        pieces, _ = self._load_world()
+        if pieces is None:
+            raise ValueError(
+                f"{self.name_or_path or 'this tokenizer'}: tokenizer.json does not hold a World vocabulary"
+            )
+        return pieces
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """The ids of any byte string, valid UTF-8 or not; special and added tokens are not looked for."""
+        self._world_pieces()
         _, trie = self._load_world()
-        if trie is not None:
-            return trie.encode([data])[0].tolist()
-        longest_match = self._tokenizer.pre_tokenizer[1]
-        return [self._tokenizer.token_to_id(token) for token, _ in longest_match.pre_tokenize_str(to_alphabet(data))]
+        return encode_with_backend(self._tokenizer, data) if trie is None else trie.encode([data])[0].tolist()
 
     def decode_bytes(self, ids: Iterable[int], skip_special_tokens: bool = False) -> bytes:
-        """The bytes of the ids, joined; added tokens are their UTF-8, ids without a piece are nothing. ValueError for a negative id."""
-        pieces, _ = self._load_world()
+        """The bytes of the ids, joined: of an added token its UTF-8, of an id without a piece none.
+
+        Raises ValueError for a negative id.
+        """
+        pieces = self._world_pieces()
         added = {
             index: b"" if skip_special_tokens and token.special else token.content.encode()
             for index, token in self._tokenizer.get_added_tokens_decoder().items()
@@ -256,11 +203,81 @@ class RwkvTokenizer(PreTrainedTokenizerFast):
 
     def _decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **kwargs) -> str:
         """Join the bytes first and decode UTF-8 once: a character may be spread over several tokens."""
-        clean_up = self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
-        if clean_up or self._load_world() is None:
-            return super()._decode(token_ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
+        clean_up = clean_up_tokenization_spaces
+        clean_up = self.clean_up_tokenization_spaces if clean_up is None else clean_up
+        if clean_up or self._load_world()[0] is None:
+            return super()._decode(token_ids, skip_special_tokens, clean_up, **kwargs)
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         return self.decode_bytes(ids, skip_special_tokens).decode("utf-8", errors="replace")
+
+    def _encode_plus(self, text, text_pair=None, **options) -> BatchEncoding:
+        """Tokenize with the trie where it can do what is asked, else in the base class; the results are equal."""
+
+        def encode() -> BatchEncoding:
+            return super(RwkvTokenizer, self)._encode_plus(text, text_pair, **options)
+
+        texts = [text] if isinstance(text, str) else text
+        is_plain = isinstance(texts, (list, tuple)) and texts and all(isinstance(one, str) for one in texts)
+        rows = self._trie_rows(texts, options) if is_plain and text_pair is None else None
+        if rows is None:
+            return encode()
+        data = self._pad_rows(*rows, options)
+        for ids in data["input_ids"]:
+            self._eventual_warn_about_too_long_sequence(ids, options.get("max_length"), options.get("verbose", True))
+        tensors = options.get("return_tensors")
+        if isinstance(text, str) and tensors is None:
+            data = {key: value[0] if isinstance(value[0], list) else value for key, value in data.items()}
+        return BatchEncoding(data, _LazyEncodings(len(texts), lambda: encode().encodings), tensors, n_sequences=1)
+
+    def _trie_rows(self, texts: Sequence[str], options: dict) -> tuple[list, list] | None:
+        """Truncated ids (n,) and, if asked for, character spans (n, 2) of each text; None if the trie cannot serve."""
+        _, trie = self._load_world()
+        truncation = options.get("truncation_strategy", TruncationStrategy.DO_NOT_TRUNCATE)
+        limit = None if truncation == TruncationStrategy.DO_NOT_TRUNCATE else options.get("max_length")
+        if (
+            trie is None
+            or self._tokenizer.normalizer is not None
+            or any(value for option, value in options.items() if option not in TRIE_OPTIONS)
+            or (options.get("add_special_tokens", True) and self._tokenizer.num_special_tokens_to_add(False))
+            or truncation == TruncationStrategy.ONLY_SECOND
+            or limit == 0
+        ):
+            return None
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        found = [(index, token) for index, token in added if any(token.content in text for text in texts)]
+        split_special = self.split_special_tokens or options.get("split_special_tokens")
+        if found and (split_special or any(token.lstrip or token.rstrip or token.single_word for _, token in found)):
+            return None
+        with_spans = bool(found or options.get("return_offsets_mapping"))
+        rows = _encode_between(trie, texts, found) if found else trie.encode([t.encode() for t in texts], with_spans)
+        ids, spans = zip(*rows, strict=True) if with_spans else (rows, [])
+        keep = slice(limit) if self.truncation_side == "right" or limit is None else slice(-limit, None)
+        return [row[keep] for row in ids], [row[keep] for row in spans if options.get("return_offsets_mapping")]
+
+    def _pad_rows(self, rows: list[np.ndarray], spans: list[np.ndarray], options: dict) -> dict[str, list]:
+        """The fields of a BatchEncoding, padded as the options say."""
+        lengths = [len(row) for row in rows]
+        strategy = options.get("padding_strategy", PaddingStrategy.DO_NOT_PAD)
+        multiple = options.get("pad_to_multiple_of") or 1
+        width = options["max_length"] if strategy == PaddingStrategy.MAX_LENGTH else max(lengths)
+        width = 0 if strategy == PaddingStrategy.DO_NOT_PAD else -(-width // multiple) * multiple
+        on_the_left = (options.get("padding_side") or self.padding_side) == "left"
+
+        def padded(values: list, fill) -> list:
+            padding = [fill] * (width - len(values))
+            return padding + values if on_the_left else values + padding
+
+        data = {"input_ids": [padded(row.tolist(), self.pad_token_id) for row in rows]}
+        wants_mask = options.get("return_attention_mask")
+        if "attention_mask" in self.model_input_names if wants_mask is None else wants_mask:
+            data["attention_mask"] = [padded([1] * length, 0) for length in lengths]
+        if options.get("return_special_tokens_mask"):
+            data["special_tokens_mask"] = [padded([0] * length, 1) for length in lengths]
+        if options.get("return_offsets_mapping"):
+            data["offset_mapping"] = [padded(list(map(tuple, span.tolist())), (0, 0)) for span in spans]
+        if options.get("return_length"):
+            data["length"] = [len(ids) for ids in data["input_ids"]]
+        return data
 
 
 class RWKVWorldTokenizer(RwkvTokenizer):

@@ -1,0 +1,61 @@
+"""Decoding for ever: the state and the time of a step do not grow with the text.
+
+Letters: T tokens.
+"""
+
+import time
+
+import psutil
+import pytest
+import torch
+from conftest import assert_close, busy_model, random_ids, states
+from transformers.cache_utils import DynamicCache
+
+
+def decode(model, T: int, cache, token):
+    """Decode `T` tokens greedily; returns the last token and the seconds of every step."""
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(T):
+            start = time.perf_counter()
+            token = model(token, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+            seconds.append(time.perf_counter() - start)
+    return token, torch.tensor(seconds)
+
+
+def measure(model, T: int):
+    """Decode `T` tokens; returns step times, and the state's addresses and sizes at the begin and the end."""
+    cache, token = DynamicCache(config=model.config), random_ids(1, 1)
+    token, _ = decode(model, 20, cache, token)
+    begin = [(t.data_ptr(), t.numel()) for t in states(cache)]
+    token, seconds = decode(model, T, cache, token)
+    assert begin == [(t.data_ptr(), t.numel()) for t in states(cache)]
+    assert all(torch.isfinite(t).all() for t in states(cache))
+    assert int(cache.get_seq_length()) == T + 20
+    return seconds
+
+
+def test_long_decode_keeps_its_state_in_place(model):
+    """An excerpt of the slow test: no tensor of the cache moves or grows."""
+    measure(model, 1500)
+
+
+def test_long_text_in_slices_equals_long_text_at_once(model):
+    """Rounding does not pile up: 4000 tokens at once and by 256, as a chat feeds them."""
+    ids, cache = random_ids(1, 4000), DynamicCache(config=model.config)
+    with torch.inference_mode():
+        whole = model(ids, use_cache=True)
+        pieces = [model(piece, past_key_values=cache).logits for piece in ids.split(256, 1)]
+    assert_close(torch.cat(pieces, 1), whole.logits)
+    assert_close(states(cache), states(whole.past_key_values))
+
+
+@pytest.mark.slow
+def test_64k_tokens_at_constant_speed_and_memory(model_type):
+    model, process = busy_model(model_type), psutil.Process()
+    measure(model, 500)
+    before = process.memory_info().rss
+    seconds = measure(model, 65536)
+    first, last = seconds[:8192].median().item(), seconds[-8192:].median().item()
+    assert process.memory_info().rss - before < 64 * 2**20
+    assert 0.8 < last / first < 1.25, f"a step took {1e3 * first:.2f} ms at the start and {1e3 * last:.2f} ms at 64k"

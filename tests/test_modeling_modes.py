@@ -1,0 +1,192 @@
+"""One model, many ways to run it: every mode gives the result of the plain forward.
+
+Letters: B rows, T tokens.
+"""
+
+import copy
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_close, assert_gradients_close, gradients, random_ids, states
+
+T = 21
+LEFT = torch.tensor([[0] * 4 + [1] * 17, [1] * 21])
+PACKED = {"position_ids": torch.cat([torch.arange(8), torch.arange(13)]).expand(2, T)}
+INPUTS = {"plain": {}, "padded": {"attention_mask": LEFT}, "packed": PACKED}
+
+
+@pytest.fixture(params=INPUTS.values(), ids=INPUTS)
+def inputs(request):
+    return request.param
+
+
+def backward(model, ids, readout, **inputs):
+    (model(ids, **inputs).logits * readout).sum().backward()
+    return gradients(model)
+
+
+def test_compiled_op_equals_definition(own_model, inputs, monkeypatch):
+    """The op that this machine dispatches to against the definition, inside the model: logits, state, gradients."""
+    ids, readout = random_ids(2, T), torch.randn(2, T, own_model.config.vocab_size)
+
+    def everything():
+        with torch.no_grad():
+            out = own_model(ids, use_cache=True, **inputs)
+        return out.logits, states(out.past_key_values), backward(own_model, ids, readout, **inputs)
+
+    logits, state, grads = everything()
+    modelling = sys.modules[type(own_model).__module__]
+    op = next(name for name in dir(modelling) if name.startswith("wkv") and callable(getattr(modelling, name)))
+    definition = getattr(sys.modules[getattr(modelling, op).__module__], f"naive_recurrent_{op}")
+    monkeypatch.setattr(modelling, op, definition)
+    real = inputs.get("attention_mask", torch.ones(2, T)) == 1
+    plain_logits, plain_state, plain_grads = everything()
+    assert_close(logits[real], plain_logits[real])
+    assert_close(state, plain_state)
+    if "attention_mask" not in inputs:
+        assert_gradients_close(grads, plain_grads)
+
+
+def test_without_the_compiled_package(model_type, model, tmp_path):
+    """A process in which wkv_kernels cannot be imported: one warning, same results."""
+    script = """
+        import logging, sys, torch
+        sys.modules["wkv_kernels"] = None
+        records = []
+        handler = logging.Handler()
+        handler.emit = records.append
+        logging.getLogger("wkv").addHandler(handler)
+        torch.set_num_threads(1)
+        from conftest import busy_model, random_ids, states
+        model, ids = busy_model(sys.argv[1]), random_ids(2, 75)
+        out = model(ids, labels=ids, use_cache=True)
+        out.loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        assert not [name for name in sys.modules if name.startswith("wkv_kernels.")]
+        messages = [r.getMessage() for r in records if r.levelno >= logging.WARNING]
+        torch.save((out.logits.detach(), states(out.past_key_values), grads, messages), sys.argv[2])
+    """
+    result = tmp_path / "result.pt"
+    command = [sys.executable, "-c", textwrap.dedent(script), model_type, str(result)]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    logits, state, grads, messages = torch.load(result)
+    assert len(messages) == 1, messages
+    assert "kernels" in messages[0]
+
+    model, ids = copy.deepcopy(model), random_ids(2, 75)
+    out = model(ids, labels=ids, use_cache=True)
+    out.loss.backward()
+    assert_close(logits, out.logits)
+    assert_close(state, states(out.past_key_values))
+    assert_gradients_close(grads, gradients(model))
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_gradient_checkpointing(own_model, inputs, reentrant):
+    """Equal gradients everywhere, so also through the values that layer 0 hands to all others."""
+    model, ids = own_model.train(), random_ids(2, T)
+    readout = torch.randn(2, T, model.config.vocab_size)
+    expected = backward(model, ids, readout, **inputs)
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    assert_gradients_close(backward(model, ids, readout, **inputs), expected)
+
+
+def test_gradient_reaches_layer_0_through_v_first(own_model):
+    """With layer 0's own output cut off, its value projection still learns."""
+    with torch.no_grad():
+        own_model.model.layers[0].attn.o_proj.weight.zero_()
+    for checkpointing in (False, True):
+        if checkpointing:
+            own_model.train().activation_checkpointing_enable()
+        own_model(random_ids(2, T)).logits.square().sum().backward()
+        assert gradients(own_model)["model.layers.0.attn.v_proj.weight"].abs().max() > 1e-3
+
+
+def test_inputs_embeds_equal_input_ids(model, inputs):
+    ids = random_ids(2, T)
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(ids)
+        assert torch.equal(model(inputs_embeds=embeds, **inputs).logits, model(ids, **inputs).logits)
+
+
+def test_logits_to_keep(model):
+    ids = random_ids(2, T)
+    with torch.no_grad():
+        whole = model(ids).logits
+        assert_close(model(ids, logits_to_keep=1).logits, whole[:, -1:])
+        assert_close(model(ids, logits_to_keep=5).logits, whole[:, -5:])
+        assert_close(model(ids, logits_to_keep=torch.tensor([0, 7, 3])).logits, whole[:, [0, 7, 3]])
+
+
+def test_hidden_states(model):
+    ids, L = random_ids(2, T), model.config.num_hidden_layers
+    with torch.no_grad():
+        out = model(ids, output_hidden_states=True)
+        assert len(out.hidden_states) == L + 1
+        assert all(h.shape == (2, T, model.config.hidden_size) for h in out.hidden_states)
+        assert torch.equal(out.hidden_states[0], model.get_input_embeddings()(ids))
+        assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
+        assert model(ids).hidden_states is None
+
+
+def test_tuple_output(model):
+    ids = random_ids(2, T)
+    with torch.no_grad():
+        assert torch.equal(model(ids, return_dict=False)[0], model(ids).logits)
+
+
+def test_loss(model):
+    ids = random_ids(2, T)
+    labels = ids.masked_fill(LEFT == 0, -100)
+    with torch.no_grad():
+        out = model(ids, labels=labels)
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert_close(out.loss, expected)
+    with torch.no_grad():
+        summed = model(ids, labels=labels, num_items_in_batch=10).loss
+    assert_close(summed, expected * (labels[:, 1:] >= 0).sum() / 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_on_cpu(own_model, dtype, inputs):
+    ids = random_ids(2, T)
+    with torch.no_grad():
+        # The weights' own rounding is not the question here.
+        for p in own_model.parameters():
+            p.copy_(p.to(dtype))
+        expected = own_model(ids, use_cache=True, **inputs)
+        own_model.to(dtype)
+        out = own_model(ids, use_cache=True, **inputs)
+    real = inputs.get("attention_mask", torch.ones(2, T)) == 1
+    assert out.logits.dtype == dtype
+    assert_close(out.logits[real], expected.logits[real], dtype)
+    for layer in out.past_key_values.layers:
+        assert layer.recurrent_states[0].dtype == torch.float32
+    own_model.train()(ids, labels=ids, **inputs).loss.backward()
+    assert all(torch.isfinite(g).all() for g in gradients(own_model).values())
+
+
+def test_autocast(own_model):
+    """bfloat16 autocast over float32 weights, forward and backward."""
+    ids = random_ids(2, T)
+    expected = own_model(ids, labels=ids)
+    expected.loss.backward()
+    exact = gradients(own_model)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = own_model(ids, labels=ids, use_cache=True)
+    assert_close(out.logits, expected.logits, torch.bfloat16)
+    assert all(layer.recurrent_states[0].dtype == torch.float32 for layer in out.past_key_values.layers)
+    out.loss.backward()
+    for name, g in gradients(own_model).items():
+        assert torch.isfinite(g).all(), name
+        cosine = torch.nn.functional.cosine_similarity(g.flatten(), exact[name].flatten(), dim=0)
+        assert cosine > 0.98, f"{name}: {cosine}"
+
+
