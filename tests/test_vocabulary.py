@@ -3,7 +3,6 @@
 import json
 import logging
 import random
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -92,7 +91,7 @@ def test_a_file_that_is_no_text_and_a_changed_package_are_refused(tmp_path, monk
 @pytest.mark.parametrize("seed", range(6))
 def test_any_vocabulary_equals_brute_force_in_both_engines(seed, monkeypatch):
     rng = random.Random(seed)
-    alphabet = rng.sample(range(256), rng.choice([2, 5, 256])) + [0, 255]
+    alphabet = [*rng.sample(range(256), rng.choice([2, 5, 256])), 0, 255]
     longer = {
         bytes(rng.choices(alphabet, k=rng.randint(2, rng.choice([3, 12])))) for _ in range(rng.choice([0, 30, 2000]))
     }
@@ -121,7 +120,7 @@ def test_reduced_vocabulary_is_self_contained(world, tmp_path):
 
 
 def test_selected_pieces_shorten_the_corpus_more_than_the_most_frequent(world):
-    texts = [path.read_text(encoding="utf-8") for path in sorted(Path(json.__file__).parents[1].glob("[a-d]*.py"))]
+    texts = [path.read_text(encoding="utf-8") for path in sorted(Path(json.__file__).parents[1].glob("[ab]*.py"))]
     pieces = select_pieces(texts, world, 600)
     assert pieces[:256] == BYTES and len(set(pieces)) == 599 and set(pieces) <= set(world.values())
     full = build_tokenizer()
@@ -158,7 +157,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 messages = [{{"role": "user", "content": "hi"}}, {{"role": "assistant", "content": "yo"}}]
 def facts(tokenizer):
     chat = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    return tokenizer({TEXT!r})["input_ids"], dict(chat), tokenizer.padding_side, tokenizer.all_special_ids, len(tokenizer)
+    ids = tokenizer({TEXT!r})["input_ids"]
+    return ids, dict(chat), tokenizer.padding_side, tokenizer.all_special_ids, len(tokenizer)
 plain = AutoTokenizer.from_pretrained({str(tmp_path / "t")!r})
 assert "wkv" not in sys.modules and "wkv_kernels" not in sys.modules
 import wkv
@@ -187,14 +187,15 @@ FOREIGN = {
 @pytest.mark.parametrize("origin", FOREIGN)
 def test_a_folder_with_only_the_official_file_loads(origin, world, tmp_path, caplog):
     cls, config, end_of_text = FOREIGN[origin]
-    shutil.copy(world_vocabulary_file(), tmp_path / WORLD_FILE)
+    lines = world_vocabulary_file().read_bytes().splitlines(keepends=True)[:400]
+    (tmp_path / WORLD_FILE).write_bytes(b"".join(lines))
     if config:
         decoder = {"0": {"content": end_of_text, "special": True}, "261": {"content": "\n\n", "special": True}}
         config = config | {"tokenizer_class": cls.__name__, "added_tokens_decoder": decoder}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with caplog.at_level(logging.WARNING):
         tokenizer = cls.from_pretrained(tmp_path)
-    assert type(tokenizer) is cls and len(tokenizer) == 65530
+    assert type(tokenizer) is cls and len(tokenizer) == 401
     assert tokenizer.eos_token == end_of_text and set(tokenizer.all_special_ids) == {0} == {tokenizer.eos_token_id}
     assert [world[index] for index in tokenizer.encode("a\n\nb <s")] == [b"a", b"\n\n", b"b", b" <", b"s"]
     assert tokenizer.encode(f"a{end_of_text}") == [98, 0]

@@ -105,7 +105,8 @@ class Pool {
     }
 
     void work() {
-        for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < n_tasks_;) function_(context_, task);
+        for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < n_tasks_;)
+            function_(context_, task);
     }
 
     std::mutex busy_;

@@ -7,9 +7,9 @@ namespace wkv {
 
 using TaskFunction = void (*)(void* context, int64_t task);
 
-// Runs function(context, i) for every i in [0, n_tasks) on at most n_threads threads, the caller among them, and returns
-// when all are done. Tasks are taken in order, one at a time. Tasks must not throw. Safe from several threads at once
-// (one caller gets the pool, the others work alone), inside a task (the inner loop is serial) and after fork().
+// Runs function(context, i) for every i in [0, n_tasks) on at most n_threads threads, the caller among them, and
+// returns when all are done. Tasks are taken in order, one at a time. Tasks must not throw. Safe from several threads
+// at once (one caller gets the pool, the others work alone), inside a task (the inner loop is serial) and after fork().
 void parallel_for(int64_t n_tasks, int64_t n_threads, TaskFunction function, void* context);
 
 template <class F>

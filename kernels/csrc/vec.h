@@ -1,4 +1,5 @@
-// Vectors of float32 for the sources that are compiled once per instruction set, in the compiler's own vector extension.
+// Vectors of float32 for the sources that are compiled once per instruction set, in the compiler's own vector
+// extension.
 //
 // Everything here and in those sources has internal linkage and nothing comes from the standard library's templates: a
 // symbol that two builds shared could be merged by the linker into the one that this machine cannot run.

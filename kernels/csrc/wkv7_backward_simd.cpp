@@ -173,7 +173,6 @@ struct Backward {
                 for (; j < Kp; j += kLanes) rebuild<1>(rows, j, Kp);
             }
             for (int64_t i = end - begin - 1; i >= 0; --i) {
-                if (row == 0) prefetch_rows(begin + i);
                 const TokenRows rows = token_rows(begin, i, row);
                 for (int64_t n = 0; n < kRows; n += kLanes / 2)
                     store(rows.dots + 2 * n, add_output_gradient<kLanes / 2>(rows, n, Kp));
@@ -205,16 +204,8 @@ struct Backward {
                 G + row * Kp};
     }
 
-    // The inputs of the segment that comes next, and the places where the gradients of this one go.
-    void prefetch_rows(int64_t t) {
-        prefetch_inputs(args.in, task, t - kSegment);
-        if (t >= kSegment) prefetch(args.grad_o, task, t - kSegment, task.v_begin, n_v);
-        const SummedGradients to(args);
-        for (const wkv_tensor* g : to.tensors) prefetch(*g, task, t, 0, K);
-        prefetch(args.grad_v, task, t, task.v_begin, n_v);
-    }
-
-    // to (columns, ld_to) = from (rows, ld_from) transposed; both have room up to padded sizes, rows past the end read as zero.
+    // to (columns, ld_to) = from (rows, ld_from) transposed; both have room up to padded sizes, rows past the end read
+    // as zero.
     void flip(float* to, int64_t ld_to, float* from, int64_t ld_from, int64_t rows, int64_t columns) {
         for (int64_t i = rows; i < padded(rows); ++i) fill_zero(from + i * ld_from, columns);
         for (int64_t i = 0; i < padded(rows); i += kLanes)
@@ -246,7 +237,6 @@ struct Backward {
             read_segment(x, args.in, task, begin, end);
             if (begin == 0) read_out(sa, x.a, from, Vp, K, Vp);
             for (int64_t t = begin; t < end && t + 1 < task.length; ++t) {
-                prefetch_inputs(args.in, task, t + kSegment);
                 const int64_t i = t - begin, at = i * Kp;
                 float* to = t + 1 == end ? checkpoints + end / kSegment * Kp * Vp : start;
                 const Step token{x.d + at,     x.k + at,    x.b + at,          nullptr, x.a + at + Kp,
@@ -260,15 +250,17 @@ struct Backward {
     void write_segment(int64_t begin, int64_t end) {
         const SummedGradients to(args);
         // The gradient of the decay becomes that of its logarithm.
-        for (int64_t j = 0; j < (end - begin) * Kp; j += kLanes) store(summed[1] + j, load(summed[1] + j) * load(x.d + j));
+        for (int64_t j = 0; j < (end - begin) * Kp; j += kLanes)
+            store(summed[1] + j, load(summed[1] + j) * load(x.d + j));
         for (int64_t t = begin; t < end; ++t) {
             const int64_t token = task.first_token + t, i = t - begin;
             for (int g = 0; g < kSummed; ++g) {
                 if (partial != nullptr)
-                    copy_rows(partial + ((token * args.in.H + task.head) * kSummed + g) * Kp, Kp, summed[g] + i * Kp, Kp,
-                              1, Kp);
+                    copy_rows(partial + ((token * args.in.H + task.head) * kSummed + g) * Kp, Kp, summed[g] + i * Kp,
+                              Kp, 1, Kp);
                 else
-                    pack(address(*to.tensors[g], task.batch, token, task.head, 0), summed[g] + i * Kp, to.tensors[g]->dtype, K);
+                    pack(address(*to.tensors[g], task.batch, token, task.head, 0), summed[g] + i * Kp,
+                         to.tensors[g]->dtype, K);
             }
             float* gv = gy + i * Vp;
             for (int64_t j = 0; j < Vp; j += kLanes)
@@ -284,14 +276,15 @@ void wkv7_backward(const wkv7_backward_args& args, const Wkv7Task& task, float* 
     Backward(args, task, scratch, partial).run();
 }
 
-void wkv7_sum_parts(const wkv7_backward_args& args, int64_t batch, int64_t token, int64_t head, float* parts, int64_t n_parts,
-               int64_t part_size) {
+void wkv7_sum_parts(const wkv7_backward_args& args, int64_t batch, int64_t token, int64_t head, float* parts,
+                    int64_t n_parts, int64_t part_size) {
     const int64_t Kp = padded(args.in.K);
     const SummedGradients to(args);
     for (int64_t part = 1; part < n_parts; ++part)
         for (int64_t i = 0; i < kSummed * Kp; i += kLanes)
             store(parts + i, load(parts + i) + load(parts + part * part_size + i));
-    for (int g = 0; g < kSummed; ++g) pack(address(*to.tensors[g], batch, token, head, 0), parts + g * Kp, to.tensors[g]->dtype, args.in.K);
+    for (int g = 0; g < kSummed; ++g)
+        pack(address(*to.tensors[g], batch, token, head, 0), parts + g * Kp, to.tensors[g]->dtype, args.in.K);
 }
 
 }  // namespace WKV_SIMD

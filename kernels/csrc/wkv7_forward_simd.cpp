@@ -1,4 +1,5 @@
-// The forward pass of wkv7 for one task: the state is (K, V) and vectors run along V, so that sums over K stay in a lane.
+// The forward pass of wkv7 for one task: the state is (K, V) and vectors run along V, so that sums over K stay in a
+// lane.
 #include "wkv7_step.h"
 
 namespace wkv {
@@ -30,18 +31,16 @@ void wkv7_forward(const wkv7_forward_args& args, const Wkv7Task& task, float* sc
         read_segment(x, in, task, begin, end);
         if (begin == 0) read_out(sa, x.a, from, ld_from, K, width);
         for (int64_t t = begin; t < end; ++t) {
-            prefetch_inputs(in, task, t + kSegment);
-            prefetch(args.o, task, t, task.v_begin, n_v);
             const int64_t i = t - begin, at = i * Kp;
-            const Step token{x.d + at,      x.k + at, x.b + at, x.r + at,  x.a + at + Kp,
-                             x.v + i * Vp, sa,       sa,       y + i * Vp};
+            const Step token{x.d + at, x.k + at, x.b + at, x.r + at, x.a + at + Kp, x.v + i * Vp, sa, sa, y + i * Vp};
             if (t + 1 < task.length)
                 step<true, true>(token, from, ld_from, S, ld, K, width);
             else
                 step<true, false>(token, from, ld_from, S, ld, K, width);
             from = S;
             ld_from = ld;
-            pack(address(args.o, task.batch, task.first_token + t, task.head, task.v_begin), token.y, args.o.dtype, n_v);
+            pack(address(args.o, task.batch, task.first_token + t, task.head, task.v_begin), token.y, args.o.dtype,
+                 n_v);
         }
     }
     if (!in_place) copy_rows(final_state, in.V, S, ld, K, n_v);

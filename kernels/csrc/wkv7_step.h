@@ -68,21 +68,6 @@ void read_segment(const Segment& x, const wkv7_inputs& in, const Wkv7Task& task,
     }
 }
 
-// Rows of one head lie far apart, each on a page of its own: without a request some thousand cycles ahead, every row costs
-// the full latency of memory and of a page walk.
-void prefetch(const wkv_tensor& x, const Wkv7Task& task, int64_t t, int64_t channel, int64_t n) {
-    const char* row = address(x, task.batch, task.first_token + t, task.head, channel);
-    const int64_t size = n * (x.dtype == WKV_FLOAT32 ? 4 : 2);
-    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(row + i);
-}
-
-void prefetch_inputs(const wkv7_inputs& in, const Wkv7Task& task, int64_t t) {
-    if (t < 0 || t >= task.length) return;
-    const wkv_tensor* rows[] = {&in.r, &in.log_w, &in.k, &in.a, &in.b};
-    for (const wkv_tensor* x : rows) prefetch(*x, task, t, 0, in.K);
-    prefetch(in.v, task, t, task.v_begin, task.v_end - task.v_begin);
-}
-
 void copy_rows(float* to, int64_t ld_to, const float* from, int64_t ld_from, int64_t n_rows, int64_t n) {
     for (int64_t i = 0; i < n_rows; ++i) __builtin_memcpy(to + i * ld_to, from + i * ld_from, n * sizeof(float));
 }
@@ -107,8 +92,8 @@ struct Step {
     float *sa_next, *y;
 };
 
-// One token for kN vectors of value channels, in one sweep over the state: the new state, what it reads out through r and,
-// for the token that follows, through a.
+// One token for kN vectors of value channels, in one sweep over the state: the new state, what it reads out through r
+// and, for the token that follows, through a.
 template <int kN, bool kOutput, bool kNext>
 WKV_INLINE void step_columns(const Step& x, const float* from, int64_t ld_from, float* to, int64_t ld_to, int64_t K) {
     Vec sa[kN], v[kN], y[kN], next[kN];

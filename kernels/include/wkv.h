@@ -1,4 +1,5 @@
-/* C interface of libwkv: pointers, sizes and strides; nothing of torch, no ownership, no global state that a caller sees.
+/* C interface of libwkv: pointers, sizes and strides; nothing of torch, no ownership, no global state that a caller
+ * sees.
  *
  * Letters: B batch rows, T tokens, H heads, K key channels of a head, V value channels of a head, S the state (K, V).
  * Strides count elements. A function never keeps a pointer after it has returned.
@@ -52,7 +53,7 @@ typedef struct {
 typedef struct {
     int64_t n_seq, length, H, K, V;
     int64_t n_threads;
-    const void* cu_seqlens;    /* n_seq + 1 integers, or NULL */
+    const void* cu_seqlens;      /* n_seq + 1 integers, or NULL */
     int64_t cu_seqlens_is_int64; /* else they are 32 bits wide */
     wkv_tensor r, log_w, k, v, a, b;
     wkv_state state; /* data NULL: zeros */
@@ -81,8 +82,8 @@ typedef struct {
 WKV_API int wkv7_backward(const wkv7_backward_args* args);
 
 /* A trie of byte strings, in `words` that the caller owns. Piece i is bytes[ends[i - 1], ends[i]) and has id i; an
- * empty piece has no id, nor can piece 0 have one. All 256 single bytes must be among the pieces. Returns how many words
- * the trie takes, the rest of `capacity` may be cut off; -1 when they or the memory do not suffice. */
+ * empty piece has no id, nor can piece 0 have one. All 256 single bytes must be among the pieces. Returns how many
+ * words the trie takes, the rest of `capacity` may be cut off; -1 when they or the memory do not suffice. */
 WKV_API int64_t wkv_trie_build(const uint8_t* bytes, const int64_t* ends, int64_t n_pieces, uint64_t* words,
                                int64_t capacity);
 

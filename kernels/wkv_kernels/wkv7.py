@@ -12,15 +12,14 @@ from torch import Tensor
 
 from .library import DTYPES, LIBRARY, check
 
-torch.library.define(
-    "wkv::wkv7",
-    "(Tensor r, Tensor log_w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, Tensor? cu_seqlens) -> (Tensor, Tensor)",
-)
+_INPUTS = "Tensor r, Tensor log_w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, Tensor? cu_seqlens"
+torch.library.define("wkv::wkv7", f"({_INPUTS}) -> (Tensor, Tensor)")
 torch.library.define(
     "wkv::wkv7_backward",
-    "(Tensor? grad_o, Tensor? grad_final_state, Tensor r, Tensor log_w, Tensor k, Tensor v, Tensor a, Tensor b, "
-    "Tensor? state, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor? grad_o, Tensor? grad_final_state, {_INPUTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+_OP = torch.ops.wkv.wkv7.default
 
 # wkv7_forward_args and wkv7_backward_args of wkv.h.
 _FORWARD = struct.Struct("49q")
@@ -45,54 +44,66 @@ def wkv7(
 ) -> tuple[Tensor, Tensor]:
     """Runs the recurrence of RWKV-7: sa = a S, S = diag(exp(log_w)) S + b^T sa + k^T v, o = r S, in float32.
 
-    r, log_w, k, a, b are (B, T, H, K) and v is (B, T, H, V), each float32, bfloat16 or float16, strided at will.
-    state (B, H, K, V) float32 is the state before the first token, None for zeros. cu_seqlens (n + 1,) int32 or int64
-    says that the single row holds n sequences, sequence i at tokens cu_seqlens[i] to cu_seqlens[i + 1]; states then have
-    n rows. Returns o (B, T, H, V) in the dtype of v and the state after the last token, float32. Gradients flow to every
+    r, log_w, k, a, b are (B, T, H, K) and v is (B, T, H, V), each float32, bfloat16 or float16, strided at will. state
+    (B, H, K, V) float32 is the state before the first token, None for zeros. cu_seqlens (n + 1,) int32 or int64 says
+    that the single row holds n sequences, sequence i at tokens cu_seqlens[i] to cu_seqlens[i + 1]; states then have n
+    rows. Returns o (B, T, H, V) in the dtype of v and the state after the last token, float32. Gradients flow to every
     input but cu_seqlens, once. Raises ValueError naming the argument that does not fit. Source: RWKV-7 "Goose" (Peng et
     al. 2025), with the state transposed.
     """
-    return torch.ops.wkv.wkv7.default(r, log_w, k, v, a, b, state, cu_seqlens)
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled()
+        and (
+            r.requires_grad
+            or log_w.requires_grad
+            or k.requires_grad
+            or v.requires_grad
+            or a.requires_grad
+            or b.requires_grad
+            or (state is not None and state.requires_grad)
+        )
+    ):
+        return _OP(r, log_w, k, v, a, b, state, cu_seqlens)
+    # Nothing to differentiate: going past autograd saves a single token five microseconds.
+    with torch._C._AutoDispatchBelowAutograd():
+        return _OP(r, log_w, k, v, a, b, state, cu_seqlens)
 
 
 def _check(r, log_w, k, v, a, b, state, cu_seqlens) -> None:
     shape, device = r.shape, r.device
     if len(shape) != 4:
         raise ValueError(f"r must have four dimensions (B, T, H, K), not shape {tuple(shape)}")
-    for name, x in (("log_w", log_w), ("k", k), ("a", a), ("b", b)):
-        if x.shape != shape:
-            raise ValueError(f"{name} must have the shape of r, {tuple(shape)}, not {tuple(x.shape)}")
-    B, T, H, K = shape
-    if v.dim() != 4 or v.shape[:3] != shape[:3]:
-        raise ValueError(
-            f"v must have the shape of r except in the last dimension, {tuple(shape)}, not {tuple(v.shape)}"
-        )
     for name, x in (("r", r), ("log_w", log_w), ("k", k), ("v", v), ("a", a), ("b", b)):
+        if x.shape != shape and (name != "v" or x.dim() != 4 or x.shape[:3] != shape[:3]):
+            but = " but for the last dimension" if name == "v" else ""
+            raise ValueError(f"{name} must have the shape of r, {tuple(shape)}{but}, not {tuple(x.shape)}")
         if x.dtype not in DTYPES:
             raise ValueError(f"{name} must be float32, bfloat16 or float16, not {x.dtype}")
         if x.device != device:
-            raise ValueError(f"{name} is on {x.device}, r on {device}: all arguments must be on one device")
-    rows = B
+            raise _wrong_device(name, x, device)
+    rows = shape[0]
     if cu_seqlens is not None:
-        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) < 1:
+        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.shape[0] < 1:
             raise ValueError(
                 f"cu_seqlens must be a vector of n + 1 int32 or int64, not {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
             )
+        if rows != 1:
+            raise ValueError(f"cu_seqlens packs sequences in one row, but r has {rows} rows")
         if cu_seqlens.device != device:
-            raise ValueError(
-                f"cu_seqlens is on {cu_seqlens.device}, r on {device}: all arguments must be on one device"
-            )
-        if B != 1:
-            raise ValueError(f"cu_seqlens packs sequences in one row, but r has {B} rows")
+            raise _wrong_device("cu_seqlens", cu_seqlens, device)
         rows = cu_seqlens.shape[0] - 1
     if state is not None:
-        expected = (rows, H, K, v.shape[3])
-        if state.shape != expected:
+        if state.shape != (rows, shape[2], shape[3], v.shape[3]):
+            expected = (rows, shape[2], shape[3], v.shape[3])
             raise ValueError(f"state must have shape {expected}, not {tuple(state.shape)}")
         if state.dtype != torch.float32:
             raise ValueError(f"state must be float32, not {state.dtype}")
         if state.device != device:
-            raise ValueError(f"state is on {state.device}, r on {device}: all arguments must be on one device")
+            raise _wrong_device("state", state, device)
+
+
+def _wrong_device(name: str, x: Tensor, device: torch.device) -> ValueError:
+    return ValueError(f"{name} is on {x.device}, r on {device}: all arguments must be on one device")
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """One table of generations, and the only place that registers anything with transformers.
 
-Registering needs the model classes, and they need torch and half of transformers. So that `import wkv` stays cheap, each
-part of the registration waits until the module of transformers that it concerns has been imported.
+Registering needs the model classes, and they need torch and half of transformers. So that `import wkv` stays cheap,
+each part of the registration waits until the module of transformers that it concerns has been imported.
 """
 
 import importlib
@@ -29,7 +29,7 @@ def register() -> None:
 
 
 class _AfterImport:
-    """A finder that lets the others find a module, and sees which part of the registration can run once it is loaded."""
+    """A finder that lets the others find a module, and runs what registration becomes possible once it is loaded."""
 
     def find_spec(self, name, path=None, target=None):
         if not any(name in needed for needed in _waiting.values()):

@@ -62,6 +62,8 @@ def convert(
     Raises `CheckpointError`, one line that names the file and the culprit.
     """
     source, destination = Path(source), Path(destination)
+    if to not in ("hf", "pth"):
+        raise CheckpointError(f"cannot convert to {to!r}: hf or pth is expected")
     if destination.exists():
         raise CheckpointError(f"{destination}: exists already")
     checkpoint = open_checkpoint(source)
@@ -119,8 +121,7 @@ def _to_hub(
         tensors[row.ours.replace("*", block)] = _rearranged(stored, row.official_axes, row.our_axes, sizes)
     extras = {name: checkpoint.tensors[name] for name in found.unused}
     config = _config(generation, sizes, tensors)
-    with _appearing(folder, _total(tensors) + _total(extras)) as partial:
-        partial.mkdir()
+    with _appearing(folder, _total(tensors) + _total(extras), folder=True) as partial:
         config.save_pretrained(partial)
         GenerationConfig.from_model_config(config).save_pretrained(partial)
         if words is not None:
@@ -254,18 +255,22 @@ def _write_shards(folder: Path, tensors: dict[str, LazyTensor]) -> None:
 
 
 @contextlib.contextmanager
-def _appearing(destination: Path, nbytes: int) -> Iterator[Path]:
-    """Yield a sibling of `destination` to write to; it takes its place at the end, or is removed if that fails."""
-    partial = destination.with_name(destination.name + ".partial")
-    if partial.exists():
-        raise CheckpointError(
-            f"{partial}: exists; a conversion is running or was killed there; remove it to start anew"
-        )
+def _appearing(destination: Path, nbytes: int, folder: bool = False) -> Iterator[Path]:
+    """Yield a new sibling of `destination` to write to; it takes its place at the end, or is removed if that fails."""
     if not destination.parent.is_dir():
         raise CheckpointError(f"{destination.parent}: no such folder")
     free = shutil.disk_usage(destination.parent).free
     if free < nbytes:
         raise CheckpointError(f"{destination.parent}: {nbytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+    partial = destination.with_name(destination.name + ".partial")
+    try:
+        partial.mkdir() if folder else partial.touch(exist_ok=False)
+    except FileExistsError:
+        raise CheckpointError(
+            f"{partial}: exists; a conversion is running or was killed there; remove it to start anew"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{destination}: cannot be written ({error})") from error
     try:
         yield partial
         if destination.exists():

@@ -50,7 +50,7 @@ def report(stream: TextStream) -> str:
     parts = [f"prompt {stream.prompt_tokens} tokens, {stream.prompt_tokens / stream.prefill_seconds:.0f} tok/s"]
     if stream.tokens > 1:
         parts.append(f"then {stream.tokens} tokens, {(stream.tokens - 1) / stream.decode_seconds:.0f} tok/s")
-    parts.append(f"kernel {kernel()}, {torch.get_num_threads()} threads")
+    parts.append(f"kernel {kernel()}, threads {torch.get_num_threads()}")
     parts.append(f"peak memory {peak_memory() / 1e6:.0f} MB")
     return "; ".join(parts)
 

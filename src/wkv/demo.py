@@ -4,5 +4,5 @@ from pathlib import Path
 
 
 def demo_model_path() -> Path:
-    """Return the folder of the shipped model, for `from_pretrained`; its README.md says what it is and what it scores."""
+    """Return the folder of the shipped model, for `from_pretrained`; its README.md says what it is and scores."""
     return Path(__file__).with_name("demo_model")

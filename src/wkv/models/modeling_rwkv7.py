@@ -1,8 +1,8 @@
 """RWKV-7 ("Goose"): model, causal language model and sequence classifier.
 
-Glossary, as in the paper: B batch, T time, C residual width, H heads of K channels (A = H K), `r` receptance, `w` decay,
-`k` key, `v` value, `a` in-context learning rate, `g` gate; `x_r` ... `x_g` token-shift mixes, `k_k` and `k_a` key
-modifiers, `r_k` bonus, `v_first` the values of layer 0, S the WKV state (B, H, K, K) in float32.
+Glossary, as in the paper: B batch, T time, C residual width, H heads of K channels (A = H K), `r` receptance,
+`w` decay, `k` key, `v` value, `a` in-context learning rate, `g` gate; `x_r` ... `x_g` token-shift mixes, `k_k` and
+`k_a` key modifiers, `r_k` bonus, `v_first` the values of layer 0, S the WKV state (B, H, K, K) in float32.
 
 Source: "RWKV-7 Goose with Expressive Dynamic State Evolution" (2025) and the official inference code, whose Python path
 half-precision results follow: activations in the model's dtype, decay, state and accumulators in float32.
@@ -14,8 +14,12 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -358,14 +362,41 @@ class RWKV7ForCausalLM(Rwkv7PreTrainedModel, GenerationMixin):
         )
 
 
-class RWKV7ForSequenceClassification(GenericForSequenceClassification, Rwkv7PreTrainedModel):
+class RWKV7ForSequenceClassification(Rwkv7PreTrainedModel):
     """RWKV-7 with a linear head on the last token that is not padding: classifiers and reward models."""
 
-    _keys_to_ignore_on_load_unexpected = Rwkv7Model._keys_to_ignore_on_load_unexpected
+    _keys_to_ignore_on_load_unexpected = [*Rwkv7PreTrainedModel._keys_to_ignore_on_load_unexpected, r"^lm_head\."]
 
     def __init__(self, config: Rwkv7Config):
-        Rwkv7PreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.num_labels = config.num_labels
         self.model = Rwkv7Model(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs
+    ) -> SequenceClassifierOutputWithPast:
+        """Inputs as in `Rwkv7Model.forward`; logits (B, num_labels), one row a text.
+
+        The last token is the mask's last 1, and without a mask the last id that is not `pad_token_id`: RWKV ends and
+        pads texts with the same id, so only a mask tells a final one from padding.
+        """
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        hidden = outputs.last_hidden_state
+        B, T, _ = hidden.shape
+        if attention_mask is not None:
+            real = attention_mask[:, -T:]
+        elif input_ids is not None:
+            real = input_ids != self.config.pad_token_id
+        else:
+            real = torch.ones(B, T, device=hidden.device)
+        last = (torch.arange(T, device=hidden.device) * real.to(hidden.device).long()).argmax(-1)
+        logits = self.score(hidden[torch.arange(B, device=hidden.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )

@@ -32,8 +32,8 @@ class RwkvCacheLayer(LinearAttentionLayer, CacheLayerMixin):
     """The state of one RWKV layer, as a layer of transformers' own caches (layer type "rwkv").
 
     Two token-shift states, `conv_states[0]` of the time-mix and `conv_states[1]` of the channel-mix, each (B, C, 1) in
-    the activations' dtype, and the WKV state `recurrent_states[0]` in float32. Its size does not depend on the number of
-    tokens seen; that number is kept in a tensor, so that compiled decoding does not recompile at every step.
+    the activations' dtype, and the WKV state `recurrent_states[0]` in float32. Its size does not depend on the number
+    of tokens seen; that number is kept in a tensor, so that compiled decoding does not recompile at every step.
     """
 
     _layer_type = "rwkv"
@@ -155,8 +155,8 @@ class SequencePlan(NamedTuple):
 def plan_sequences(inputs_embeds, mask, position_ids=None, continues=False, cu_seq_lens_q=None, seq_idx=None):
     """Build the SequencePlan of a forward from whatever the caller gave to describe padding and packing.
 
-    `inputs_embeds` (B, T, C); `mask` (B, T) or None; `position_ids` (B, T) restarting at 0, `cu_seq_lens_q` (n + 1,) with
-    B = 1, or `seq_idx` (B, T) describe packed documents. `continues` says that a cache holds earlier tokens; then
+    `inputs_embeds` (B, T, C); `mask` (B, T) or None; `position_ids` (B, T) restarting at 0, `cu_seq_lens_q` (n + 1,)
+    with B = 1, or `seq_idx` (B, T) describe packed documents. `continues` says that a cache holds earlier tokens; then
     `position_ids` do not mark packing. Raises `ValueError` when a shape does not fit.
     """
     B, T, _ = inputs_embeds.shape
@@ -224,7 +224,7 @@ def token_shift(x, carried, plan: SequencePlan):
 
 
 def read_state(past_key_values, layer_idx: int, shift_idx: int):
-    """The carried token (B, C) of token shift `shift_idx` and the WKV state of a layer; None where there is none yet."""
+    """The carried token (B, C) of token shift `shift_idx` and the WKV state of a layer; None where there is none."""
     if past_key_values is None:
         return None, None
     carried = past_key_values.get_conv_state(layer_idx, shift_idx)
@@ -256,8 +256,8 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, past_key_valu
         layers = getattr(past_key_values, "layers", ())
         if len(layers) != config.num_hidden_layers or not all(isinstance(layer, RwkvCacheLayer) for layer in layers):
             raise ValueError(
-                f"past_key_values must hold {config.num_hidden_layers} RWKV states, as DynamicCache(config=model.config) "
-                f"does; got {type(past_key_values).__name__} with {len(layers)} layers"
+                f"past_key_values must hold {config.num_hidden_layers} RWKV states, as "
+                f"DynamicCache(config=model.config) does; got {type(past_key_values).__name__} with {len(layers)} layers"
             )
     if isinstance(attention_mask, torch.Tensor) and not is_torchdynamo_compiling():
         B, T = tokens.shape[:2]
@@ -357,7 +357,7 @@ class RwkvPreTrainedModel(PreTrainedModel):
 
 
 def checkpoint_shapes(folder, state_dict=None, hub_arguments=None) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a checkpoint, without reading the tensors; empty for formats other than safetensors."""
+    """The shape of every tensor of a checkpoint, without reading the data; empty for formats other than safetensors."""
     if state_dict is not None:
         return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     if folder is None:

@@ -23,6 +23,9 @@ def _byte_alphabet() -> list[str]:
 
 BYTE_TO_CHARACTER = _byte_alphabet()
 CHARACTER_TO_BYTE = {ord(c): byte for byte, c in enumerate(BYTE_TO_CHARACTER)}
+# The same in a regular expression, on its own and inside a character class; escaped only where every dialect wants it.
+ESCAPED = [re.sub(r"[\^$.*+?()\[\]{}|\\]", r"\\\g<0>", c) for c in BYTE_TO_CHARACTER]
+ESCAPED_IN_CLASS = [re.sub(r"[\^\-\[\]\\]", r"\\\g<0>", c) for c in BYTE_TO_CHARACTER]
 
 
 def to_alphabet(data: bytes) -> str:
@@ -74,8 +77,7 @@ def read_world_vocabulary(path: str | Path) -> dict[int, bytes]:
 def trie_regex(pieces: Iterable[bytes]) -> str:
     """The trie of the pieces as one regular expression, which matches the longest piece at a position.
 
-    Children that lead to the same sub-expression share it. Only what every dialect of regular expressions wants escaped
-    is escaped.
+    Children that lead to the same sub-expression share it.
     """
     root: dict = {}
     for piece in pieces:
@@ -85,19 +87,16 @@ def trie_regex(pieces: Iterable[bytes]) -> str:
         node[None] = {}
 
     def expression(node: dict) -> str:
-        heads: dict[str, list[str]] = {}
+        heads: dict[str, list[int]] = {}
         for byte, child in node.items():
             if byte is not None:
-                heads.setdefault(expression(child), []).append(BYTE_TO_CHARACTER[byte])
-        branches = []
-        for tail, characters in heads.items():
-            if len(characters) == 1:
-                head = re.sub(r"[\^$.*+?()\[\]{}|\\]", r"\\\g<0>", characters[0])
-            else:
-                head = "[" + re.sub(r"[\^\-\[\]\\]", r"\\\g<0>", "".join(characters)) + "]"
-            branches.append(head + tail)
-        if not branches:
+                heads.setdefault(expression(child), []).append(byte)
+        if not heads:
             return ""
+        branches = []
+        for tail, (byte, *others) in heads.items():
+            a_class = "".join(ESCAPED_IN_CLASS[one] for one in (byte, *others))
+            branches.append((f"[{a_class}]" if others else ESCAPED[byte]) + tail)
         # Branches are tried in order; a long one holds much of the vocabulary and so matches much of a text.
         alternatives = "|".join(sorted(branches, key=len, reverse=True))
         if None in node:

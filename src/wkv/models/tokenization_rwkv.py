@@ -264,6 +264,8 @@ class RwkvTokenizer(PreTrainedTokenizerFast):
         on_the_left = (options.get("padding_side") or self.padding_side) == "left"
 
         def padded(values: list, fill) -> list:
+            if len(values) >= width:
+                return values
             padding = [fill] * (width - len(values))
             return padding + values if on_the_left else values + padding
 

@@ -11,6 +11,7 @@ Source: "RWKV-7 Goose with Expressive Dynamic State Evolution" (2025), section 4
 diagonal-plus-rank-one transition.
 """
 
+import itertools
 import logging
 
 import torch
@@ -80,7 +81,7 @@ def chunk_wkv7(r, log_w, k, v, a, b, state=None, cu_seqlens=None):
     S = _initial_state(k, v, state)
     r, log_w, k, v, a, b = (_chunks(x, n) for x in (r, log_w, k, v, a, b))  # (B, H, chunks, n, K)
 
-    # Sums of log-decays from the chunk's start: `c` includes the token itself, `e` does not, `total` is the whole chunk.
+    # Sums of log-decays from the chunk's start: `c` with the token itself, `e` without it, `total` of the whole chunk.
     c = log_w.cumsum(-2)
     e = c - log_w
     total = c[..., -1:, :]
@@ -113,7 +114,7 @@ def _each_sequence(op, r, log_w, k, v, a, b, state, cu_seqlens):
     """Run `op` on every sequence of a packed row by itself."""
     bounds = cu_seqlens.tolist()
     outputs, states = [], []
-    for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
         row = [x[:, start:end] for x in (r, log_w, k, v, a, b)]
         S = _initial_state(row[2], row[3], None if state is None else state[i : i + 1])
         o = row[3]

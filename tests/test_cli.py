@@ -1,0 +1,253 @@
+"""The command `wkv` as a person runs it: exit codes, what goes to which stream, what is left on disk.
+
+What concerns the process itself runs in one of its own; the rest calls the entry point, for importing torch takes longer
+than a test.
+"""
+
+import contextlib
+import io
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import busy_model
+from oracle.official import random_official_rwkv7
+
+from wkv.cli import main
+from wkv.vocabulary import build_tokenizer
+
+COMMAND = [sys.executable, "-c", "import sys; from wkv.cli import main; sys.exit(main())"]
+PLAIN = [
+    sys.executable,
+    "-c",
+    "import sys; sys.modules['wkv_kernels'] = None; from wkv.cli import main; sys.exit(main())",
+]
+
+
+def process(*arguments, command=COMMAND, **options) -> subprocess.CompletedProcess:
+    line = [*command, *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, **options)
+
+
+def wkv(*arguments, input: str = "") -> subprocess.CompletedProcess:
+    """The same without a process of its own."""
+    line, stdout, stderr = ["wkv", *map(str, arguments)], io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        patch.setattr(sys, "argv", line)
+        patch.setattr(sys, "stdin", io.StringIO(input))
+        code = main()
+    return subprocess.CompletedProcess(line, code, stdout.getvalue(), stderr.getvalue())
+
+
+def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
+    """One line on standard error that holds the words, nothing on standard output, exit code 2."""
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("wkv: ")
+    assert result.stdout == ""
+    for word in words:
+        assert word in result.stderr, result.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny model with a tokenizer of bytes and a few longer pieces."""
+    path = tmp_path_factory.mktemp("model")
+    busy_model("rwkv7", vocab_size=320).save_pretrained(path)
+    build_tokenizer(pieces=[b" the", b"\n\n", b"User", "é".encode()]).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("official") / "model.pth"
+    torch.save(random_official_rwkv7(dtype=torch.bfloat16, layer0_v=True), path)
+    return path
+
+
+def test_help_does_not_load_torch():
+    start = time.perf_counter()
+    result = process("--help")
+    seconds = time.perf_counter() - start
+    assert result.returncode == 0
+    for command in ("info", "convert", "tokenizer", "generate", "chat", "demo"):
+        assert command in result.stdout
+    # 0.15 s on an idle machine, where importing torch alone takes more than one.
+    assert seconds < 1
+    loaded = "import sys, wkv.cli; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", loaded]).returncode == 0
+
+
+def test_no_command_shows_the_help():
+    result = wkv()
+    assert "generate" in result.stdout and result.stderr == ""
+
+
+def test_info_tells_versions_and_backends():
+    from wkv_kernels import info
+
+    result = wkv("info")
+    assert result.returncode == 0, result.stderr
+    assert torch.__version__ in result.stdout
+    assert info()["isa"] in result.stdout
+    assert "op wkv7" in result.stdout
+
+
+def test_info_without_kernels():
+    result = process("info", command=PLAIN)
+    assert result.returncode == 0
+    assert "plain PyTorch" in result.stdout and "compiled" not in result.stdout
+
+
+def test_generate_agrees_with_plain_pytorch(folder):
+    arguments = ("generate", folder, "-", "--max-new-tokens", 40, "--temperature", 0, "--dtype", "float32")
+    compiled = process(*arguments, input="Hello the")
+    plain = process(*arguments, input="Hello the", command=PLAIN)
+    assert compiled.returncode == plain.returncode == 0, compiled.stderr + plain.stderr
+    assert compiled.stdout.startswith("Hello the") and len(compiled.stdout) > len("Hello the\n")
+    assert compiled.stdout == plain.stdout
+    for word in ("40 tokens", "tok/s", "kernel compiled", "peak memory"):
+        assert word in compiled.stderr
+    assert len(compiled.stderr.strip().splitlines()) == 1
+    assert "kernel plain PyTorch" in plain.stderr
+
+
+def test_generate_repeats_with_a_seed(folder):
+    arguments = ("generate", folder, "Hello", "--max-new-tokens", 20, "--seed")
+    first = wkv(*arguments, 7)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == wkv(*arguments, 7).stdout != wkv(*arguments, 8).stdout
+
+
+def test_generate_stops_before_a_stop_string(folder):
+    arguments = ("generate", folder, "Hello", "--max-new-tokens", 40, "--temperature", 0)
+    whole = wkv(*arguments).stdout
+    stop = whole[len("Hello") + 5 : len("Hello") + 7]
+    cut = wkv(*arguments, "--stop", stop).stdout
+    assert cut == whole[: whole.index(stop, len("Hello"))] + "\n"
+
+
+def test_chat_answers_each_line_and_reset_forgets(folder):
+    lines = "hello\n/reset\nhello\n\nmore\n/exit\nnever read\n"
+    result = wkv("chat", folder, "--max-new-tokens", 8, "--temperature", 0, "--dtype", "float32", input=lines)
+    assert result.returncode == 0, result.stderr
+    first, _, again = result.stdout.partition("(forgotten)")
+    answers = [part.split("\n\n")[0] for part in (first + again).split("Assistant:")[1:]]
+    assert len(answers) == 3 and len(result.stderr.strip().splitlines()) == 3
+    assert answers[0] == answers[1] != ""
+    end_of_input = wkv("chat", folder, "--max-new-tokens", 2, input="hello\n")
+    assert end_of_input.returncode == 0, end_of_input.stderr
+
+
+def test_convert_there_and_back_is_bit_identical(official, tmp_path):
+    hub, back = tmp_path / "hub", tmp_path / "back.pth"
+    there = wkv("convert", official, hub, "--no-tokenizer", "--check")
+    assert there.returncode == 0, there.stderr
+    assert "difference" in there.stdout and str(hub) in there.stdout
+    assert wkv("convert", hub, back, "--to", "pth").returncode == 0
+    before, after = torch.load(official, weights_only=True), torch.load(back, weights_only=True)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), name
+
+
+def test_tokenizer_build_writes_a_folder_that_loads(tmp_path):
+    from transformers import AutoTokenizer
+
+    result = wkv("tokenizer", "build", tmp_path / "world")
+    assert result.returncode == 0, result.stderr
+    assert AutoTokenizer.from_pretrained(tmp_path / "world")("Hello world").input_ids == [33155, 40213]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["generate"], ["folder"]),
+        (["generate", "x", "y", "--top-p", "7"], ["--top-p"]),
+        (["generate", "x", "y", "--dtype", "int3"], ["--dtype"]),
+        (["paint"], ["paint"]),
+        (["generate", "/no/such/folder", "Hi"], ["/no/such/folder"]),
+        (["chat", "/no/such/folder"], ["/no/such/folder"]),
+        (["convert", "/no/such/file.pth", "out"], ["/no/such/file.pth"]),
+        (["tokenizer", "build", "out", "--vocab", "/no/such/vocab.txt"], ["/no/such/vocab.txt"]),
+    ],
+    ids=lambda value: "-".join(value).replace("/", "_")[:40],
+)
+def test_bad_arguments_are_refused_in_one_line(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(wkv(*arguments), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncated", "missing tensor", "no config", "bad config", "no weights", "no tokenizer"]
+)
+def test_bad_folders_are_refused_in_one_line(damage, folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    bad = tmp_path / "bad"
+    shutil.copytree(folder, bad)
+    weights, culprit = bad / "model.safetensors", str(bad)
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif damage == "missing tensor":
+        tensors, culprit = load_file(weights), "model.layers.1.attn.k_k"
+        del tensors[culprit]
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif damage == "no config":
+        (bad / "config.json").unlink()
+    elif damage == "bad config":
+        (bad / "config.json").write_text("{")
+    elif damage == "no weights":
+        weights.unlink()
+    else:
+        for path in bad.glob("*token*"):
+            path.unlink()
+    assert_refused(wkv("generate", bad, "Hi"), culprit)
+
+
+def test_a_refusal_is_all_that_a_process_says(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "bad")
+    (tmp_path / "bad" / "model.safetensors").write_bytes(b"not weights")
+    assert_refused(process("generate", tmp_path / "bad", "Hi"), "model.safetensors")
+
+
+def test_an_empty_prompt_is_refused(folder):
+    assert_refused(wkv("generate", folder, input=""), "prompt")
+
+
+def test_a_refused_conversion_leaves_nothing_behind(official, tmp_path):
+    tensors = torch.load(official, weights_only=True)
+    tensors["blocks.1.att.k_k"][..., 3] = float("nan")
+    source = tmp_path / "nan.pth"
+    torch.save(tensors, source)
+    assert_refused(wkv("convert", source, tmp_path / "hub", "--no-tokenizer", "--check"), "blocks.1.att.k_k", "nan.pth")
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    assert_refused(wkv("convert", official, occupied, "--no-tokenizer"), "occupied")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nan.pth", "occupied"]
+    assert list(occupied.iterdir()) == []
+
+
+def test_ctrl_c_ends_quietly(folder):
+    command = [*COMMAND, "generate", str(folder), "Hello", "--max-new-tokens", "1000000", "--temperature", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        running.stdout.read(len("Hello") + 20)
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert "Traceback" not in errors
+
+
+def test_a_reader_that_goes_away_is_no_error(folder):
+    command = [*COMMAND, "generate", str(folder), "Hello", "--max-new-tokens", "1000000", "--temperature", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        running.stdout.read(len("Hello") + 20)
+        running.stdout.close()
+        errors = running.stderr.read()
+    assert running.returncode == 0 and errors == ""
