@@ -111,8 +111,6 @@ class HuggingFace:
 class Wkv(HuggingFace):
     """This package."""
 
-    requires = "wkv"
-
     def __init__(self, shape: Shape, official: Path, folder: Path, dtype: str):
         from transformers import AutoModelForCausalLM
 
@@ -124,8 +122,6 @@ class Wkv(HuggingFace):
 class Rwkv7Hf(HuggingFace):
     """The `rwkv7-hf` package."""
 
-    requires = "rwkv7-hf"
-
     def __init__(self, shape: Shape, official: Path, folder: Path, dtype: str):
         from rwkv7_hf import RWKV7ForCausalLM
 
@@ -134,8 +130,6 @@ class Rwkv7Hf(HuggingFace):
 
 class Llama(HuggingFace):
     """A Llama of transformers with as many parameters, random weights."""
-
-    requires = "transformers"
 
     def __init__(self, shape: Shape, official: Path, folder: Path, dtype: str):
         import torch
@@ -155,8 +149,6 @@ class Llama(HuggingFace):
 
 class Rwkv:
     """The official `rwkv` package, TorchScript on, as its README runs it on a CPU."""
-
-    requires = "rwkv"
 
     def __init__(self, shape: Shape, official: Path, folder: Path, dtype: str):
         os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="1", RWKV_CUDA_ON="0")
@@ -183,8 +175,6 @@ class Rwkv:
 class Machine:
     """What this machine gives: seconds to read one GiB, and seconds for a square product of side 4096."""
 
-    requires = "torch"
-
     def __init__(self):
         import torch
 
@@ -203,15 +193,16 @@ class Machine:
         return time.perf_counter() - start
 
 
-def serve(pipe, contender: type, threads: int, arguments: tuple) -> None:
-    """Load a contender, then answer calls `(method, arguments)` with `(result, peak memory in bytes)` until None comes.
+def serve(pipe, distribution: str, path: str, threads: int, arguments: tuple) -> None:
+    """Load the contender `path`, then answer calls `(method, arguments)` with `(result, peak memory)` until None comes.
 
-    A contender that is not installed, or fails, answers with a string that says so.
+    `path` is module.class; memory is in bytes. A contender whose distribution is not installed, or that fails, answers
+    with a string that says so.
     """
     try:
-        importlib.metadata.distribution(contender.requires)
+        importlib.metadata.distribution(distribution)
     except importlib.metadata.PackageNotFoundError:
-        pipe.send(f"not installed: pip install {contender.requires}")
+        pipe.send(f"not installed: pip install {distribution}")
         return
     try:
         import torch
@@ -220,12 +211,16 @@ def serve(pipe, contender: type, threads: int, arguments: tuple) -> None:
         torch.set_num_threads(threads)
         logging.disable_progress_bar()
         logging.set_verbosity_error()
+        module, name = path.split(".")
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            instance = contender(*arguments)
+            contender = getattr(importlib.import_module(module), name)(*arguments)
             pipe.send(None)
             while (call := pipe.recv()) is not None:
-                result = getattr(instance, call[0])(*call[1:])
+                result = getattr(contender, call[0])(*call[1:])
                 pipe.send((result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    except (KeyboardInterrupt, BrokenPipeError, EOFError):
+        # The bench was interrupted; nobody listens any more.
+        return
     except Exception as error:
         traceback.print_exc()
         pipe.send(f"failed: {type(error).__name__}")

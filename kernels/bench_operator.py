@@ -12,13 +12,11 @@ from wkv.models import wkv7
 
 
 class Wkv7:
-    """Forms of the RWKV-7 operator, forward and backward at B = 1, T = 512, H = 12, K = 64."""
+    """Forms of the RWKV-7 operator at B = 1, on inputs like those of a trained model, fp32."""
 
-    requires = "wkv"
-
-    def __init__(self):
+    def __init__(self, T: int, H: int, K: int):
         generator = torch.Generator().manual_seed(0)
-        r, k, v, x, y, z = torch.randn(6, 1, 512, 12, 64, generator=generator)
+        r, k, v, x, y, z = torch.randn(6, 1, T, H, K, generator=generator)
         kk = F.normalize(x, dim=-1)
         log_w = -0.6065 * torch.sigmoid(y)
         self.inputs = [r, log_w, k * 0.3, v, -kk, kk * torch.sigmoid(z)]

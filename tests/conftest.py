@@ -33,6 +33,9 @@ TINY = {
 # precision, where single logits scatter.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.0125}
 
+# Largest root mean square error of an operator's results and gradients, relative to their own, by their dtype.
+OPERATOR_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+
 # The auto classes that a generation is registered with.
 AUTO_CLASSES = [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification]
 

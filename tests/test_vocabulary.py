@@ -29,9 +29,9 @@ def world() -> dict[int, bytes]:
 
 def longest_match(data: bytes, pieces: set[bytes]) -> list[bytes]:
     """Brute force: the definition of the tokenizer."""
-    parts = []
+    parts, longest = [], max(map(len, pieces))
     while data:
-        size = next(n for n in range(len(data), 0, -1) if data[:n] in pieces)
+        size = next(n for n in range(longest, 0, -1) if data[:n] in pieces)
         parts.append(data[:size])
         data = data[size:]
     return parts

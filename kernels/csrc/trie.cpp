@@ -95,6 +95,7 @@ struct Range {
 
 int64_t build(const Pieces& pieces, int64_t n_pieces, uint64_t* words, int64_t capacity) {
     capacity = std::min(capacity, kMaxWords);
+    if (capacity < 512) return -1;
     std::vector<int64_t> sorted;
     for (int64_t i = 0; i < n_pieces; ++i) {
         if (pieces.size(i) > 0) sorted.push_back(i);

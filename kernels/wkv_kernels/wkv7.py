@@ -106,78 +106,94 @@ def _wrong_device(name: str, x: Tensor, device: torch.device) -> ValueError:
     return ValueError(f"{name} is on {x.device}, r on {device}: all arguments must be on one device")
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+class _Arguments:
+    """The words of a structure of wkv.h, and the tensors that they point to."""
+
+    __slots__ = ("tensors", "words")
+
+    def __init__(self, r: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+        B, T, H, K = r.shape
+        self.tensors = []
+        self.words = [B, T, H, K, v.shape[3], torch.get_num_threads(), 0, 0]
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.contiguous()
+            self.tensors.append(cu_seqlens)
+            self.words[0] = cu_seqlens.shape[0] - 1
+            self.words[6:] = cu_seqlens.data_ptr(), cu_seqlens.dtype == torch.int64
+
+    def add(self, *tensors: Tensor) -> None:
+        """Appends wkv_tensor after wkv_tensor."""
+        for x in tensors:
+            strides = x.stride()
+            if strides[3] != 1:
+                x = x.contiguous()
+                self.tensors.append(x)
+                strides = x.stride()
+            self.words += (x.data_ptr(), DTYPES[x.dtype], strides[0], strides[1], strides[2])
+
+    def add_state(self, x: Tensor | None) -> None:
+        """Appends a wkv_state."""
+        if x is None:
+            self.words += (0, 0, 0)
+            return
+        strides = x.stride()
+        if strides[3] != 1 or strides[2] != x.shape[3]:
+            x = x.contiguous()
+            self.tensors.append(x)
+            strides = x.stride()
+        self.words += (x.data_ptr(), strides[0], strides[1])
 
 
-def _words(x: Tensor) -> tuple:
-    strides = x.stride()
-    return x.data_ptr(), DTYPES[x.dtype], strides[0], strides[1], strides[2]
+def _new_state(r: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    B, _, H, K = r.shape
+    rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return torch.empty((rows, H, K, v.shape[3]), dtype=torch.float32, device=r.device)
 
 
-def _state(x: Tensor | None) -> Tensor | None:
-    return x if x is None or (x.stride(3) == 1 and x.stride(2) == x.shape[3]) else x.contiguous()
-
-
-def _state_words(x: Tensor | None) -> tuple:
-    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
-
-
-def _input_words(inputs, state, cu_seqlens) -> list:
-    r, _, _, v, _, _ = inputs
-    B, T, H, K = r.shape
-    words = [B, T, H, K, v.shape[3], torch.get_num_threads(), 0, 0]
-    if cu_seqlens is not None:
-        words[0] = cu_seqlens.shape[0] - 1
-        words[6:8] = cu_seqlens.data_ptr(), cu_seqlens.dtype == torch.int64
-    for x in inputs:
-        words += _words(x)
-    words += _state_words(state)
-    return words
+def _new_rows(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.impl("wkv::wkv7", "CPU")
 def _wkv7_cpu(r, log_w, k, v, a, b, state, cu_seqlens):
     _check(r, log_w, k, v, a, b, state, cu_seqlens)
-    inputs = [_unit_stride(x) for x in (r, log_w, k, v, a, b)]
-    state = _state(state)
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    words = _input_words(inputs, state, cu_seqlens)
-    o = torch.empty(v.shape, dtype=v.dtype)
-    final_state = torch.empty((words[0], r.shape[2], r.shape[3], v.shape[3]))
-    check(_forward(_FORWARD.pack(*words, *_words(o), *_state_words(final_state))))
+    o = _new_rows(v)
+    final_state = _new_state(r, v, cu_seqlens)
+    arguments = _Arguments(r, v, cu_seqlens)
+    arguments.add(r, log_w, k, v, a, b)
+    arguments.add_state(state)
+    arguments.add(o)
+    arguments.add_state(final_state)
+    check(_forward(_FORWARD.pack(*arguments.words)))
     return o, final_state
 
 
 @torch.library.impl("wkv::wkv7_backward", "CPU")
 def _wkv7_backward_cpu(grad_o, grad_final_state, r, log_w, k, v, a, b, state, cu_seqlens):
-    inputs = [_unit_stride(x) for x in (r, log_w, k, v, a, b)]
-    state, grad_final_state = _state(state), _state(grad_final_state)
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    grad_o = torch.zeros_like(v) if grad_o is None else _unit_stride(grad_o)
-    words = _input_words(inputs, state, cu_seqlens)
-    grads = [torch.empty(x.shape, dtype=x.dtype) for x in inputs]
-    grad_state = torch.empty((words[0], r.shape[2], r.shape[3], v.shape[3]))
-    words += (*_words(grad_o), *_state_words(grad_final_state))
-    for grad in grads:
-        words += _words(grad)
-    check(_backward(_BACKWARD.pack(*words, *_state_words(grad_state))))
+    if grad_o is None:
+        grad_o = torch.zeros_like(v)
+    grads = [_new_rows(x) for x in (r, log_w, k, v, a, b)]
+    grad_state = _new_state(r, v, cu_seqlens)
+    arguments = _Arguments(r, v, cu_seqlens)
+    arguments.add(r, log_w, k, v, a, b)
+    arguments.add_state(state)
+    arguments.add(grad_o)
+    arguments.add_state(grad_final_state)
+    arguments.add(*grads)
+    arguments.add_state(grad_state)
+    check(_backward(_BACKWARD.pack(*arguments.words)))
     return *grads, grad_state
 
 
 @torch.library.register_fake("wkv::wkv7")
 def _wkv7_fake(r, log_w, k, v, a, b, state, cu_seqlens):
     _check(r, log_w, k, v, a, b, state, cu_seqlens)
-    rows = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final_state = r.new_empty((rows, r.shape[2], r.shape[3], v.shape[3]), dtype=torch.float32)
-    return v.new_empty(v.shape), final_state
+    return _new_rows(v), _new_state(r, v, cu_seqlens)
 
 
 @torch.library.register_fake("wkv::wkv7_backward")
 def _wkv7_backward_fake(grad_o, grad_final_state, r, log_w, k, v, a, b, state, cu_seqlens):
-    rows = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    grad_state = r.new_empty((rows, r.shape[2], r.shape[3], v.shape[3]), dtype=torch.float32)
-    return *(x.new_empty(x.shape) for x in (r, log_w, k, v, a, b)), grad_state
+    return *(_new_rows(x) for x in (r, log_w, k, v, a, b)), _new_state(r, v, cu_seqlens)
 
 
 def _setup_context(ctx, inputs, output) -> None:

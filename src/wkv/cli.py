@@ -1,6 +1,5 @@
 """The command `wkv`. Each command imports what it needs: `wkv --help` loads neither torch nor transformers."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -141,10 +140,6 @@ def main() -> int:
         return _refuse(error.format_message()) if error.format_message() else 2
     except (KeyboardInterrupt, typer.Abort):
         return 130
-    except BrokenPipeError:
-        # The reader of our output has gone, as `head` does; what is still buffered has nowhere to go either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (OSError, ValueError) as error:
         return _refuse(str(error))
 

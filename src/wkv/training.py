@@ -5,7 +5,8 @@ Everything plugs into `transformers.Trainer`, and what derives from it, in one l
     Trainer(model, args, train_dataset=data, optimizers=wkv.training.optimizers(model, lr=6e-4, total_steps=1000),
             compute_loss_func=wkv.training.l2wrap_loss)
 
-The per-tensor initialisation is in the model classes (`from_config`). Source: BlinkDL's RWKV-LM trainer, described in its README.
+The per-tensor initialisation is in the model classes (`from_config`). Source: BlinkDL's RWKV-LM trainer, described in
+its README.
 
 Letters: B batch, T tokens, V vocabulary; f final learning rate over peak; p progress in [0, 1].
 """
@@ -28,9 +29,10 @@ WARMUP_FLOOR = 0.01
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.1) -> list[dict]:
     """Return the three groups of the official trainer, as an optimizer takes them; frozen parameters are left out.
 
-    `decay_bias` (w0, the bias of the decay) has twice the learning rate and no weight decay. `matrices` (embedding, head, projections:
-    every `.weight` with two dimensions larger than one, outside the low-rank pairs) have weight decay. `rest` (token-shift
-    mixes, low-rank pairs, norms, biases) has neither. Each group has the key `name`; an empty one is left out.
+    `decay_bias` (w0, the bias of the decay) has twice the learning rate and no weight decay. `matrices` (embedding,
+    head, projections: every `.weight` with two dimensions larger than one, outside the low-rank pairs) have weight
+    decay. `rest` (token-shift mixes, low-rank pairs, norms, biases) has neither. Each group has the key `name`; an
+    empty one is left out.
     """
     groups = {
         "matrices": {"params": [], "lr": lr, "weight_decay": weight_decay},
@@ -74,8 +76,9 @@ def optimizers(
 ) -> tuple[torch.optim.AdamW, LambdaLR]:
     """Return AdamW and its schedule as the official trainer sets them, for `Trainer(optimizers=...)`.
 
-    `total_steps` counts optimizer steps (after gradient accumulation). The gradient is clipped by the trainer, at norm 1.0
-    by default there as in the official one. Raises ValueError when nothing is trainable or `total_steps <= warmup_steps`.
+    `total_steps` counts optimizer steps (after gradient accumulation). The gradient is clipped by the trainer, at
+    norm 1.0 by default there as in the official one. Raises ValueError when nothing is trainable or `total_steps <=
+    warmup_steps`.
     """
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(f"warmup_steps must be at least 0 and below total_steps={total_steps}, got {warmup_steps}")
@@ -90,10 +93,10 @@ def optimizers(
 def l2wrap_loss(outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
     """Return the mean cross-entropy whose gradient also pulls every token's largest logit towards zero (L2Wrap).
 
-    For `Trainer(compute_loss_func=...)`. `outputs.logits` (B, T, V); `labels` (B, T), shifted here, -100 is not counted.
-    The value is the cross-entropy alone; the gradient gains `1e-4 / n * max_logit` at the arg-max of each of the n counted
-    tokens, times the incoming gradient, so loss scaling and accumulation scale both alike. n is `num_items_in_batch` when given
-    (all micro-batches of one step).
+    For `Trainer(compute_loss_func=...)`. `outputs.logits` (B, T, V); `labels` (B, T), shifted here, -100 is not
+    counted. The value is the cross-entropy alone; the gradient gains `1e-4 / n * max_logit` at the arg-max of each of
+    the n counted tokens, times the incoming gradient, so loss scaling and accumulation scale both alike. n is
+    `num_items_in_batch` when given (all micro-batches of one step).
     """
     logits = outputs.logits.flatten(0, 1).float()  # (B * T, V)
     targets = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten().to(logits.device)  # (B * T,)

@@ -124,6 +124,8 @@ class RwkvTokenizer(PreTrainedTokenizerFast):
     vocab_files_names: ClassVar = {"vocab_file": "rwkv_vocab_v20230424.txt", "tokenizer_file": "tokenizer.json"}
     # Bytes of each id and compiled trie, made at the first use; (None, None) for a `tokenizer.json` of another kind.
     _world: tuple[list[bytes] | None, "Trie | None"] | None = None
+    # The Python integers 0, 1, 2, ...: ids in lists share them, for speed and a fifth of the memory.
+    _integers: np.ndarray | None = None
 
     @classmethod
     def from_vocabulary(cls, vocabulary: dict[int, bytes]) -> "RwkvTokenizer":
@@ -159,7 +161,7 @@ class RwkvTokenizer(PreTrainedTokenizerFast):
         return {**kwargs, **cls._world_arguments(vocabulary, end_of_text)}
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_world": None}
+        return {**self.__dict__, "_world": None, "_integers": None}
 
     def _load_world(self) -> tuple[list[bytes] | None, "Trie | None"]:
         if self._world is None:
@@ -269,7 +271,9 @@ class RwkvTokenizer(PreTrainedTokenizerFast):
             padding = [fill] * (width - len(values))
             return padding + values if on_the_left else values + padding
 
-        data = {"input_ids": [padded(row.tolist(), self.pad_token_id) for row in rows]}
+        if self._integers is None or len(self._integers) < len(self):
+            self._integers = np.array(range(len(self)), dtype=object)
+        data = {"input_ids": [padded(self._integers.take(row).tolist(), self.pad_token_id) for row in rows]}
         wants_mask = options.get("return_attention_mask")
         if "attention_mask" in self.model_input_names if wants_mask is None else wants_mask:
             data["attention_mask"] = [padded([1] * length, 0) for length in lengths]
