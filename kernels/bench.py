@@ -14,7 +14,6 @@ Letters: T tokens, B batch, H heads, K head size.
 import argparse
 import multiprocessing
 import os
-import platform
 import random
 import statistics
 import sys
@@ -22,73 +21,42 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-import bench_contenders as contenders
+import bench_contenders
+import bench_tables as tables
 import psutil
+from bench_process import Contender
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wkv-bench"
+# name: the distribution to install, the class that runs it
 MODELS = {
-    "wkv": contenders.Wkv,
-    "rwkv": contenders.Rwkv,
-    "rwkv7-hf": contenders.Rwkv7Hf,
-    "Llama": contenders.Llama,
+    "wkv": ("wkv", "bench_contenders.Wkv"),
+    "rwkv": ("rwkv", "bench_contenders.Rwkv"),
+    "rwkv7-hf": ("rwkv7-hf", "bench_contenders.Rwkv7Hf"),
+    "Llama": ("transformers", "bench_contenders.Llama"),
 }
-
-
+FORMS = {
+    "compiled": "compiled (`wkv_kernels`)",
+    "chunked": "chunked, plain PyTorch (`chunk_wkv7`)",
+    "naive chunks": "naive chunks, plain PyTorch",
+    "loop": "loop over tokens (`naive_recurrent_wkv7`)",
+}
+DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 # Free memory without which rwkv7-hf is not asked for a training step of 512 tokens.
 RWKV7_HF_TRAINING_MEMORY = 20e9
 
 
-class Contender:
-    """A contender's process; `problem` says why it cannot be measured, `peak` is its largest memory in bytes."""
-
-    def __init__(self, kind: type, threads: int, *arguments):
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.peak, self.problem, self.started = 0, None, False
-        self.process = context.Process(target=contenders.serve, args=(theirs, kind, threads, arguments), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def _receive(self):
-        try:
-            return self.pipe.recv()
-        except EOFError:
-            self.process.join()
-            return f"failed: exit code {self.process.exitcode}"
-
-    def call(self, method: str, *arguments):
-        """The result of a method of the contender, or None once there is a problem."""
-        if not self.started:
-            self.started, self.problem = True, self._receive()
-        if self.problem:
-            return None
-        self.pipe.send((method, *arguments))
-        answer = self._receive()
-        if isinstance(answer, str):
-            self.problem = answer
-            return None
-        result, self.peak = answer
-        return result
-
-    def close(self) -> None:
-        if self.process.is_alive() and self.started and not self.problem:
-            self.pipe.send(None)
-        elif self.process.is_alive():
-            self.process.kill()
-        self.process.join()
-
-
 class Bench:
-    """The plan of a run: which contenders meet, how often, at what lengths."""
+    """The plan of a run: which contenders meet, how often, at what lengths. Each part returns markdown."""
 
-    def __init__(self, shape: contenders.Shape, quick: bool, threads: int, progress: Progress):
+    def __init__(self, shape: bench_contenders.Shape, quick: bool, threads: int, progress: Progress):
         self.shape, self.quick, self.threads, self.progress = shape, quick, threads, progress
         self.task = progress.add_task("weights", total=None)
         self.ids = random.Random(0).choices(range(1, shape.vocabulary), k=512)
 
     def say(self, text: str) -> None:
+        """Progress."""
         self.progress.update(self.task, description=text)
         if not self.progress.console.is_terminal:
             print(text, file=sys.stderr, flush=True)
@@ -99,206 +67,133 @@ class Bench:
         print(text, flush=True)
         self.progress.start()
 
-    def take_turns(self, group: dict[str, Contender], rounds: int, label: str, *call, warm_up=True):
-        """Seconds per contender and turn; a contender with a problem has none."""
-        samples: dict[str, list[float]] = {name: [] for name in group}
-        for turn in range(-1 if warm_up else 0, rounds):
-            for name, contender in group.items():
+    def take_turns(self, label: str, rounds: int, calls: dict) -> dict[str, list[float]]:
+        """Seconds by name and turn, after a warm-up; `calls` holds name -> (contender, method, arguments)."""
+        samples = {name: [] for name in calls}
+        for turn in range(-1, rounds):
+            for name, (contender, *call) in calls.items():
                 self.say(f"{label}: {name}, {'warm-up' if turn < 0 else f'turn {turn + 1} of {rounds}'}")
                 seconds = contender.call(*call)
                 if seconds is not None and turn >= 0:
                     samples[name].append(seconds)
         return samples
 
-    def models(self, names: list[str], dtype: str) -> dict[str, Contender]:
-        official, folder = CACHE / f"rwkv7-{self.shape.name}.pth", CACHE / f"rwkv7-{self.shape.name}"
-        return {name: Contender(MODELS[name], self.threads, self.shape, official, folder, dtype) for name in names}
+    def start(self, names: list[str], dtype: str) -> dict[str, Contender]:
+        """The processes of some models."""
+        official, folder = bench_contenders.checkpoint_paths(self.shape, CACHE)
+        return {name: Contender(*MODELS[name], self.threads, self.shape, official, folder, dtype) for name in names}
 
     def machine(self) -> str:
         """Bandwidth and matrix rate in the same run, to read the rest against."""
-        machine = {"machine": Contender(contenders.Machine, self.threads)}
-        read = min(self.take_turns(machine, 5, "memory bandwidth", "read")["machine"])
-        rates = {
-            dtype: 2 * 4096**3 / min(self.take_turns(machine, 3, f"products {dtype}", "product", dtype)["machine"])
-            for dtype in ("float32", "bfloat16")
-        }
-        machine["machine"].close()
+        machine = Contender("torch", "bench_contenders.Machine", self.threads)
+        calls = {"memory": (machine, "read"), **{dtype: (machine, "product", dtype) for dtype in DTYPES}}
+        seconds = {name: min(turns) for name, turns in self.take_turns("machine", 4, calls).items()}
+        machine.close()
+        rates = [f"{2 * 4096**3 / seconds[dtype] / 1e9:.0f} ({short})" for dtype, short in DTYPES.items()]
         return (
-            f"{processor()}, {self.threads} threads, torch {metadata.version('torch')}: reads "
-            f"{2**30 / read / 1e9:.0f} GB/s, multiplies matrices at {rates['float32'] / 1e9:.0f} GFLOP/s (fp32) and "
-            f"{rates['bfloat16'] / 1e9:.0f} (bf16)."
+            f"{tables.processor()}, {self.threads} threads, torch {metadata.version('torch')}: reads "
+            f"{2**30 / seconds['memory'] / 1e9:.0f} GB/s, multiplies matrices at {' and '.join(rates)} GFLOP/s.\n"
         )
 
     def operator(self) -> str:
         """Forward and backward of the operator alone, all forms in one process."""
-        operator = Contender(contenders.Wkv7, self.threads)
-        forms = ["compiled", "chunked", "naive chunks", "loop"]
-        samples: dict[str, list[float]] = {form: [] for form in forms}
-        errors = {}
-        for turn in range(-1, 3 if self.quick else 7):
-            for form in forms:
-                self.say(f"operator: {form}")
-                seconds = operator.call("step", form)
-                if seconds is not None and turn >= 0:
-                    samples[form].append(seconds)
-        for form in forms[:-1]:
-            errors[form] = operator.call("error", form)
+        T, H = (64, 2) if self.shape.name == "tiny" else (512, 12)
+        operator = Contender("wkv", "bench_operator.Wkv7", self.threads, T, H, 64)
+        samples = self.take_turns("operator", 3 if self.quick else 7, {f: (operator, "step", f) for f in FORMS})
+        errors = {form: operator.call("error", form) for form in FORMS}
         operator.close()
-        rows = [
-            "| `wkv7`, forward + backward, B=1 T=512 H=12 K=64, fp32 | ms | compiled is faster by | differs by |",
-            "|---|---|---|---|",
-        ]
-        titles = {
-            "compiled": "compiled (`wkv_kernels`)",
-            "chunked": "chunked, plain PyTorch (`chunk_wkv7`)",
-            "naive chunks": "naive chunks, plain PyTorch",
-            "loop": "loop over tokens (`naive_recurrent_wkv7`)",
-        }
-        for form in forms:
+        title = f"`wkv7`, forward + backward, B=1 T={T} H={H} K=64, fp32"
+        lines = [tables.heading(title, "ms", "compiled is faster by", "output differs from the loop by")]
+        for form, name in FORMS.items():
             if operator.problem:
-                rows.append(f"| {titles[form]} | {operator.problem} | | |")
+                lines.append(tables.line(name, operator.problem, "", ""))
                 continue
-            ratio = "" if form == "compiled" else spread(ratios(samples[form], samples["compiled"]))
-            error = f"{errors[form]:.0e}" if form in errors else ""
-            rows.append(f"| {titles[form]} | {1e3 * statistics.median(samples[form]):.1f} | {ratio} | {error} |")
-        return "\n".join(rows)
+            milliseconds = tables.number(1e3 * statistics.median(samples[form]))
+            ratio = "" if form == "compiled" else tables.ratio(samples[form], samples["compiled"])
+            lines.append(tables.line(name, milliseconds, ratio, "" if form == "loop" else f"{errors[form]:.0e}"))
+        return "\n".join(lines) + "\n"
 
-    def inference(self, dtype: str) -> list[str]:
+    def model_heading(self) -> str:
+        versions = [tables.version(name) for name in ("wkv", "rwkv", "rwkv7-hf", "transformers")]
+        title = f"tokens per second, RWKV-7 {self.shape.name}, random weights"
+        return tables.heading(title, *versions[:3], f"Llama in {versions[3]}")
+
+    def inference(self, dtype: str) -> str:
         """Prefill of 512 tokens, then decoding one by one, all models alive at once."""
-        group = self.models(list(MODELS), dtype)
-        prefill = self.take_turns(group, 3 if self.quick else 5, f"prefill {dtype}", "prefill", self.ids)
-        slow = {"rwkv7-hf": 4 if self.quick else 8}
-        counts = {name: slow.get(name, 16 if self.quick else 32) for name in group}
-        decode: dict[str, list[float]] = {name: [] for name in group}
-        for turn in range(-1, 3 if self.quick else 5):
-            for name, contender in group.items():
-                self.say(f"decode {dtype}: {name}, {'warm-up' if turn < 0 else f'turn {turn + 1}'}")
-                seconds = contender.call("decode", counts[name])
-                if seconds is not None and turn >= 0:
-                    decode[name].append(seconds / counts[name])
+        group = self.start(list(MODELS), dtype)
+        rounds, few, many = (3, 4, 16) if self.quick else (5, 8, 32)
+        counts = {name: few if name == "rwkv7-hf" else many for name in group}
+        prefill = self.take_turns(f"prefill {dtype}", rounds, {n: (c, "prefill", self.ids) for n, c in group.items()})
+        decode = self.take_turns(f"decode {dtype}", rounds, {n: (c, "decode", counts[n]) for n, c in group.items()})
+        decode = {name: [seconds / counts[name] for seconds in turns] for name, turns in decode.items()}
         logits = {name: c.call("logits", self.ids[:32]) for name, c in group.items() if name != "Llama"}
         for name, theirs in logits.items():
             if theirs and logits["wkv"] and name != "wkv":
                 worst = max(abs(x - y) for x, y in zip(theirs, logits["wkv"], strict=True))
-                self.progress.console.print(f"logits {dtype}, wkv and {name}: largest difference {worst:.1e}")
+                self.say(f"logits {dtype}: wkv and {name} differ by {worst:.1e} at most")
         for contender in group.values():
             contender.close()
-        return [
-            row(f"prefill, 512 tokens, {SHORT[dtype]}", group, prefill, 512),
-            row(f"decode, batch 1, {SHORT[dtype]}", group, decode, 1),
-        ]
+        return "\n".join(
+            self.row(f"{title}, {DTYPES[dtype]}", group, samples, tokens)
+            for title, samples, tokens in (("prefill, 512 tokens", prefill, 512), ("decode, batch 1", decode, 1))
+        )
 
-    def training(self, dtype: str) -> list[str]:
-        """Forward, loss and backward over 512 tokens; each pairing apart, for one of them needs most of the memory."""
-        group, samples = {}, {}
-        pairings = [(["wkv", "Llama"], 2 if self.quick else 4)]
-        enough = psutil.virtual_memory().available > RWKV7_HF_TRAINING_MEMORY or self.shape.name == "tiny"
-        if not self.quick and enough:
-            pairings.append((["wkv", "rwkv7-hf"], 2))
-        for names, rounds in pairings:
-            pair = self.models(names, dtype)
-            turns = self.take_turns(pair, rounds, f"training step {dtype}", "train", self.ids)
-            for contender in pair.values():
-                contender.close()
-            other = names[1]
-            group |= {other: pair[other], "wkv": group.get("wkv", pair["wkv"])}
-            samples |= {other: turns[other], "wkv": samples.get("wkv", turns["wkv"])}
-            samples[f"wkv beside {other}"] = turns["wkv"]
-        return [
-            row(f"training step, T = 512, {SHORT[dtype]}", group, samples, 512),
-            "| "
-            + " | ".join([f"its peak memory, {SHORT[dtype]}", *(memory(group.get(name)) for name in MODELS)])
-            + " |",
-        ]
+    def training(self, dtype: str) -> str:
+        """Forward, loss and backward over 512 tokens; two pairings, for rwkv7-hf needs most of the memory."""
+        speeds, memory = {"rwkv": "-"}, {"rwkv": "-"}
+        for other, rounds in (("Llama", 2 if self.quick else 4), ("rwkv7-hf", 2)):
+            if other == "rwkv7-hf" and self.quick:
+                speeds[other] = memory[other] = "not in a quick run"
+            elif other == "rwkv7-hf" and psutil.virtual_memory().available < RWKV7_HF_TRAINING_MEMORY:
+                speeds[other] = memory[other] = f"needs {RWKV7_HF_TRAINING_MEMORY / 1e9:.0f} GB of free memory"
+            else:
+                pair = self.start(["wkv", other], dtype)
+                calls = {name: (contender, "train", self.ids) for name, contender in pair.items()}
+                turns = self.take_turns(f"training step {dtype}", rounds, calls)
+                for name, contender in pair.items():
+                    contender.close()
+                    speeds.setdefault(name, self.cell(name, contender, turns, 512))
+                    memory.setdefault(name, f"{contender.peak / 1e9:.1f} GB" if turns[name] else "")
+        return "\n".join(
+            tables.line(f"{title}, {DTYPES[dtype]}", *(cells[name] for name in MODELS))
+            for title, cells in (("training step, T = 512", speeds), ("peak memory of that", memory))
+        )
 
+    def row(self, title: str, group: dict[str, Contender], samples: dict, tokens: int) -> str:
+        return tables.line(title, *(self.cell(name, group[name], samples, tokens) for name in MODELS))
 
-SHORT = {"float32": "fp32", "bfloat16": "bf16"}
-
-
-def ratios(theirs: list[float], ours: list[float]) -> list[float]:
-    """How many times longer they take than we do, turn by turn."""
-    return [t / o for t, o in zip(theirs, ours, strict=False)]
-
-
-def spread(values: list[float]) -> str:
-    def short(value: float) -> str:
-        return f"{value:.0f}" if value >= 20 else f"{value:.1f}" if value >= 3 else f"{value:.2f}"
-
-    return f"{short(statistics.median(values))}x ({short(min(values))}-{short(max(values))})"
-
-
-def row(title: str, group: dict[str, Contender], samples: dict[str, list[float]], tokens: int) -> str:
-    """One line of the table: tokens per second, and how many times faster ours is."""
-    cells = [title]
-    for name in MODELS:
-        if name not in group:
-            cells.append("")
-        elif not samples[name]:
-            cells.append(group[name].problem or "")
-        else:
-            speed = tokens / statistics.median(samples[name])
-            cell = f"{speed:.0f}" if speed >= 20 else f"{speed:.1f}"
-            ours = samples.get(f"wkv beside {name}", samples["wkv"])
-            if name != "wkv" and ours:
-                cell += f": {spread(ratios(samples[name], ours))}"
-            cells.append(cell)
-    return "| " + " | ".join(cells) + " |"
-
-
-def memory(contender: Contender | None) -> str:
-    return f"{contender.peak / 1e9:.1f} GB" if contender and contender.peak else ""
-
-
-def processor() -> str:
-    """The processor's name as Linux tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
-
-
-def versions() -> list[str]:
-    """The heading of each column, with the version that is installed."""
-
-    def version(name: str) -> str:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return ""
-
-    return [f"`{n}` {version(n)}".strip() for n in ("wkv", "rwkv", "rwkv7-hf")] + [
-        f"Llama, transformers {version('transformers')}"
-    ]
+    def cell(self, name: str, contender: Contender, samples: dict, tokens: int) -> str:
+        """Tokens per second and, beside ours, the ratio; or why there is none."""
+        if not samples[name]:
+            return contender.problem
+        return tables.speed(tokens, samples[name], samples["wkv"] if name != "wkv" else None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer turns, no rwkv7-hf training: about two minutes")
-    parser.add_argument("--shape", choices=contenders.SHAPES, default="191m", help="tiny is to try the bench itself")
+    parser.add_argument("--quick", action="store_true", help="fewer turns, no training of rwkv7-hf: about two minutes")
+    parser.add_argument("--shape", choices=bench_contenders.SHAPES, default="191m", help="tiny is to try the bench out")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    shape, start = contenders.SHAPES[arguments.shape], time.perf_counter()
+    shape, start = bench_contenders.SHAPES[arguments.shape], time.perf_counter()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bench = Bench(shape, arguments.quick, arguments.threads, progress)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            pool.apply(contenders.checkpoint, (shape, CACHE))
-        bench.show(bench.machine() + "\n")
-        bench.show(bench.operator() + "\n")
-        bench.show("| " + " | ".join([f"tok/s, RWKV-7 {shape.name.upper()}, random weights", *versions()]) + " |")
-        bench.show("|---|---|---|---|---|")
-        dtypes = ["float32", "bfloat16"]
-        for dtype in dtypes:
-            bench.show("\n".join(bench.inference(dtype)))
-        for dtype in dtypes[:1] if arguments.quick else dtypes:
-            bench.show("\n".join(bench.training(dtype)))
+            pool.apply(bench_contenders.write_checkpoint, (shape, CACHE))
+        bench.show(bench.machine())
+        bench.show(bench.operator())
+        bench.show(bench.model_heading())
+        for dtype in DTYPES:
+            bench.show(bench.inference(dtype))
+        for dtype in list(DTYPES)[: 1 if arguments.quick else None]:
+            bench.show(bench.training(dtype))
     print(
-        f"\nAfter the colon: how many times faster `wkv` is, median and range of the turns. Training: forward, loss "
-        f"and backward, no optimizer. The run took {time.perf_counter() - start:.0f} s."
+        "\nAfter the colon: how many times faster `wkv` is, median and range of the turns. A training step here is "
+        f"forward, loss and backward, without the optimizer. This run took {time.perf_counter() - start:.0f} s."
     )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,18 +1,14 @@
 """The programs that `bench.py` measures, each in a process of its own: a constructor loads, methods do the work.
 
 Letters: D residual width, L blocks, V vocabulary rows, F feed-forward width, T tokens, B batch, H heads, K head size.
-Every method of a contender returns seconds; `serve` answers the calls of `bench.py` over a pipe.
+Most methods of a contender return seconds.
 """
 
-import contextlib
 import dataclasses
-import importlib.metadata
 import os
-import resource
 import shutil
 import sys
 import time
-import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,9 +32,14 @@ SHAPES = {
 }
 
 
-def checkpoint(shape: Shape, cache: Path) -> tuple[Path, Path]:
-    """Random weights of this shape as an official `.pth` and, converted from it, as a folder; written once."""
-    official, folder = cache / f"rwkv7-{shape.name}.pth", cache / f"rwkv7-{shape.name}"
+def checkpoint_paths(shape: Shape, cache: Path) -> tuple[Path, Path]:
+    """Where the random weights of a shape lie: an official `.pth`, and a folder converted from it."""
+    return cache / f"rwkv7-{shape.name}.pth", cache / f"rwkv7-{shape.name}"
+
+
+def write_checkpoint(shape: Shape, cache: Path) -> None:
+    """Write the random weights of a shape, unless they are there."""
+    official, folder = checkpoint_paths(shape, cache)
     cache.mkdir(parents=True, exist_ok=True)
     if not official.exists():
         import torch
@@ -49,14 +50,14 @@ def checkpoint(shape: Shape, cache: Path) -> tuple[Path, Path]:
         weights = random_official_rwkv7(
             L=shape.layers, C=shape.width, N=64, V=shape.vocabulary, F=shape.feed_forward, ranks=(64, 64, 32, 128)
         )
-        torch.save(weights, official.with_suffix(".partial"))
-        official.with_suffix(".partial").rename(official)
+        partial = official.with_suffix(".partial")
+        torch.save(weights, partial)
+        partial.rename(official)
         shutil.rmtree(folder, ignore_errors=True)
     if not folder.exists():
         from wkv.checkpoints import convert
 
         convert(official, folder, tokenizer=False)
-    return official, folder
 
 
 class HuggingFace:
@@ -191,36 +192,3 @@ class Machine:
         start = time.perf_counter()
         matrix @ matrix
         return time.perf_counter() - start
-
-
-def serve(pipe, distribution: str, path: str, threads: int, arguments: tuple) -> None:
-    """Load the contender `path`, then answer calls `(method, arguments)` with `(result, peak memory)` until None comes.
-
-    `path` is module.class; memory is in bytes. A contender whose distribution is not installed, or that fails, answers
-    with a string that says so.
-    """
-    try:
-        importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        pipe.send(f"not installed: pip install {distribution}")
-        return
-    try:
-        import torch
-        from transformers.utils import logging
-
-        torch.set_num_threads(threads)
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-        module, name = path.split(".")
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            contender = getattr(importlib.import_module(module), name)(*arguments)
-            pipe.send(None)
-            while (call := pipe.recv()) is not None:
-                result = getattr(contender, call[0])(*call[1:])
-                pipe.send((result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
-    except (KeyboardInterrupt, BrokenPipeError, EOFError):
-        # The bench was interrupted; nobody listens any more.
-        return
-    except Exception as error:
-        traceback.print_exc()
-        pipe.send(f"failed: {type(error).__name__}")

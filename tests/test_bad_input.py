@@ -83,7 +83,10 @@ FORWARDS = {
         lambda: {"input_ids": random_ids(2, 5), "labels": random_ids(2, 4)},
         ["labels|batch_size"],
     ),
-    "ids without data": (lambda: {"input_ids": torch.zeros(1, 3, dtype=torch.long, device="meta")}, ["input_ids", "meta", "cpu"]),
+    "ids without data": (
+        lambda: {"input_ids": torch.zeros(1, 3, dtype=torch.long, device="meta")},
+        ["input_ids", "meta", "cpu"],
+    ),
 }
 
 

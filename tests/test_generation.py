@@ -18,7 +18,9 @@ NEW = 12
 @pytest.fixture
 def generator(own_model):
     """A model that never ends a text by itself."""
-    own_model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0, max_new_tokens=NEW, do_sample=False)
+    own_model.generation_config = GenerationConfig(
+        eos_token_id=None, pad_token_id=0, max_new_tokens=NEW, do_sample=False
+    )
     return own_model
 
 

@@ -33,9 +33,13 @@ def inside_try(path: Path) -> set[int]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Try):
             continue
-        caught = {n.id for handler in node.handlers if handler.type for n in ast.walk(handler.type) if isinstance(n, ast.Name)}
+        caught = {
+            n.id for handler in node.handlers if handler.type for n in ast.walk(handler.type) if isinstance(n, ast.Name)
+        }
         if "ImportError" in caught:
-            lines |= {child.lineno for statement in node.body for child in ast.walk(statement) if hasattr(child, "lineno")}
+            lines |= {
+                child.lineno for statement in node.body for child in ast.walk(statement) if hasattr(child, "lineno")
+            }
     return lines
 
 
@@ -73,13 +77,17 @@ def test_kernels_never_import_the_package(path):
     if path.name.startswith("bench"):
         return
     for module, node in imports(path):
-        assert top(module) not in {"wkv", "transformers"}, f"{path.name}:{node.lineno}: kernels know tensors, not models"
+        assert top(module) not in {"wkv", "transformers"}, (
+            f"{path.name}:{node.lineno}: kernels know tensors, not models"
+        )
 
 
 @pytest.mark.parametrize("path", files(ROOT / "src"))
 def test_the_package_never_imports_recipes_or_tests(path):
     for module, node in imports(path):
-        assert top(module) not in {"recipes", "eval", "tests", "conftest", "oracle"}, f"{path.name}:{node.lineno}: {module}"
+        assert top(module) not in {"recipes", "eval", "tests", "conftest", "oracle"}, (
+            f"{path.name}:{node.lineno}: {module}"
+        )
 
 
 @pytest.mark.parametrize("path", [p for p in files(ROOT / "src" / "wkv") if MODELS not in p.values[0].parents])
@@ -87,4 +95,6 @@ def test_kernels_are_optional_outside_models_too(path):
     guarded = inside_try(path)
     for module, node in imports(path):
         if top(module) == "wkv_kernels":
-            assert node.lineno in guarded, f"{path.name}:{node.lineno}: import wkv_kernels inside try/except ImportError"
+            assert node.lineno in guarded, (
+                f"{path.name}:{node.lineno}: import wkv_kernels inside try/except ImportError"
+            )

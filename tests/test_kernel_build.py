@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from wkv_kernels.library import available_isas
 
 KERNELS = Path(__file__).parents[1] / "kernels"

@@ -178,7 +178,9 @@ def test_cache_rows_can_be_reordered_repeated_and_selected(model):
     _, cache = forward(model, ids)
     order = torch.tensor([2, 0, 0])
     cache.reorder_cache(order)
-    assert_close(forward(model, new, copy.deepcopy(cache))[0], forward(model, torch.cat([ids[order], new], 1))[0][:, -4:])
+    assert_close(
+        forward(model, new, copy.deepcopy(cache))[0], forward(model, torch.cat([ids[order], new], 1))[0][:, -4:]
+    )
     cache.batch_select_indices(torch.tensor([0, 1]))
     cache.batch_repeat_interleave(2)
     rows, new = order[torch.tensor([0, 0, 1, 1])], random_ids(4, 4, seed=2)

@@ -46,5 +46,3 @@ def test_classifier_counts_a_final_id_0_that_is_not_padding(classifier):
     with torch.no_grad():
         hidden = classifier.model(text[None]).last_hidden_state
         assert_close(classifier(ids, attention_mask=mask).logits, classifier.score(hidden[:, -1]))
-
-

@@ -29,6 +29,15 @@ def backward(model, ids, readout, **inputs):
     return gradients(model)
 
 
+def operator(model):
+    """The module that calls the WKV operator, the operator's name there, and its implementations by kind."""
+    modelling = sys.modules[type(model).__module__]
+    op = next(name for name in dir(modelling) if name.startswith("wkv") and callable(getattr(modelling, name)))
+    home = sys.modules[getattr(modelling, op).__module__]
+    kinds = {"dispatching": op, "naive_recurrent": f"naive_recurrent_{op}", "chunk": f"chunk_{op}"}
+    return modelling, op, {kind: getattr(home, name) for kind, name in kinds.items() if hasattr(home, name)}
+
+
 def test_compiled_op_equals_definition(own_model, inputs, monkeypatch):
     """The op that this machine dispatches to against the definition, inside the model: logits, state, gradients."""
     ids, readout = random_ids(2, T), torch.randn(2, T, own_model.config.vocab_size)
@@ -39,10 +48,8 @@ def test_compiled_op_equals_definition(own_model, inputs, monkeypatch):
         return out.logits, states(out.past_key_values), backward(own_model, ids, readout, **inputs)
 
     logits, state, grads = everything()
-    modelling = sys.modules[type(own_model).__module__]
-    op = next(name for name in dir(modelling) if name.startswith("wkv") and callable(getattr(modelling, name)))
-    definition = getattr(sys.modules[getattr(modelling, op).__module__], f"naive_recurrent_{op}")
-    monkeypatch.setattr(modelling, op, definition)
+    modelling, op, implementations = operator(own_model)
+    monkeypatch.setattr(modelling, op, implementations["naive_recurrent"])
     real = inputs.get("attention_mask", torch.ones(2, T)) == 1
     plain_logits, plain_state, plain_grads = everything()
     assert_close(logits[real], plain_logits[real])
@@ -173,6 +180,21 @@ def test_half_precision_on_cpu(own_model, dtype, inputs):
     assert all(torch.isfinite(g).all() for g in gradients(own_model).values())
 
 
+def test_operator_ignores_autocast(own_model, monkeypatch):
+    """State and accumulators stay float32 under autocast, in every implementation."""
+    modelling, op, implementations = operator(own_model)
+    calls = []
+    monkeypatch.setattr(modelling, op, lambda *args: calls.append(args) or implementations["dispatching"](*args))
+    with torch.no_grad():
+        own_model(random_ids(2, T))
+    for kind, implementation in implementations.items():
+        o, S = implementation(*calls[-1])
+        with torch.autocast("cpu", torch.bfloat16):
+            o_autocast, S_autocast = implementation(*calls[-1])
+        assert torch.equal(o_autocast, o), kind
+        assert torch.equal(S_autocast, S), kind
+
+
 def test_autocast(own_model):
     """bfloat16 autocast over float32 weights, forward and backward."""
     ids = random_ids(2, T)
@@ -188,5 +210,3 @@ def test_autocast(own_model):
         assert torch.isfinite(g).all(), name
         cosine = torch.nn.functional.cosine_similarity(g.flatten(), exact[name].flatten(), dim=0)
         assert cosine > 0.98, f"{name}: {cosine}"
-
-

@@ -169,7 +169,9 @@ def test_continuing_a_state_of_the_package():
     assert_close(official_state(cache), final)
 
 
-@pytest.mark.parametrize("shape", [{"A": 64, "C": 32, "N": 16}, {"A": 32, "C": 96, "N": 32}, {"ranks": (1, 1, 1, 1)}], ids=str)
+@pytest.mark.parametrize(
+    "shape", [{"A": 64, "C": 32, "N": 16}, {"A": 32, "C": 96, "N": 32}, {"ranks": (1, 1, 1, 1)}], ids=str
+)
 def test_ours_equals_oracle_where_the_package_cannot_go(shape):
     """Attention narrower or wider than the residual, and ranks of one."""
     weights, ids = random_official_rwkv7(**shape), random_ids(T, vocab_size=37).tolist()

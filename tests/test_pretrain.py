@@ -1,5 +1,6 @@
 """The pre-training recipe, run as its docstring says on a small corpus; its baselines; and the model it made."""
 
+import os
 import re
 import signal
 import subprocess
@@ -33,8 +34,8 @@ OPTIONS = {
     "held_out": 1,
 }
 # From the address of 24 February 2026, which is held out.
-HELD_OUT_EXCERPT = """Less than 5 months from now, our country will celebrate an epic milestone in American history: the 250th \
-anniversary of our glorious American independence.
+HELD_OUT_EXCERPT = """Less than 5 months from now, our country will celebrate an epic milestone in American history: \
+the 250th anniversary of our glorious American independence.
 
 This July 4, we will mark two and a half centuries of liberty and triumph, progress and freedom in the most \
 incredible and exceptional nation ever to exist on the face of the Earth. And you've seen nothing yet. We're going to \
@@ -45,7 +46,21 @@ do better and better and better. This is the golden age of America."""
 def corpus(tmp_path_factory) -> Path:
     """Three texts of some thousand words over a small vocabulary, in an order that a model can learn."""
     folder = tmp_path_factory.mktemp("texts")
-    words = "the people of our country have given their trust to a government of laws and not of men".split()
+    words = [
+        "the",
+        "people",
+        "of",
+        "our",
+        "country",
+        "have",
+        "given",
+        "their",
+        "trust",
+        "to",
+        "a",
+        "just",
+        "government",
+    ]
     for number in range(3):
         sentences = (words[(number + i) % 7 :] + words[: i % 5] for i in range(400))
         (folder / f"{number}.txt").write_text("\n\n".join(" ".join(sentence) + "." for sentence in sentences))
@@ -56,7 +71,8 @@ def start(output: Path, corpus: Path, **changes) -> subprocess.Popen:
     options = {**OPTIONS, "output_dir": output, "texts": corpus, **changes}
     arguments = [str(text) for name, value in options.items() for text in (f"--{name}", value)]
     command = [sys.executable, "-u", str(RECIPES / "pretrain.py"), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -110,10 +126,11 @@ def test_interrupted_and_killed_run_ends_as_an_uninterrupted_one(tmp_path, corpu
 
 
 def test_missing_texts_are_refused_by_name(tmp_path):
-    process = start(tmp_path / "run", tmp_path / "nowhere")
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 2
-    assert "nowhere: no .txt files" in output and "Traceback" not in output
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no \.txt files"):
+        split(tmp_path / "nowhere")
+    (tmp_path / "only.txt").write_text("one text")
+    with pytest.raises(ValueError, match="held_out"):
+        split(tmp_path, held_out=1)
 
 
 def test_held_out_are_the_five_newest_speeches():

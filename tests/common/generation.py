@@ -44,7 +44,12 @@ class GenerationTesterMixin:
     def test_greedy_generate_dict_outputs(self):
         for model, ids in self.generative_models():
             out = self.greedy(
-                model, ids, return_dict_in_generate=True, output_scores=True, output_logits=True, output_hidden_states=True
+                model,
+                ids,
+                return_dict_in_generate=True,
+                output_scores=True,
+                output_logits=True,
+                output_hidden_states=True,
             )
             self.assertEqual(out.sequences.shape, (2, ids.shape[1] + NEW))
             self.assertEqual((len(out.scores), len(out.logits), len(out.hidden_states)), (NEW, NEW, NEW))
@@ -63,7 +68,9 @@ class GenerationTesterMixin:
 
     def test_beam_search_generate(self):
         for model, ids in self.generative_models():
-            out = self.greedy(model, ids, num_beams=3, num_return_sequences=3, return_dict_in_generate=True, output_scores=True)
+            out = self.greedy(
+                model, ids, num_beams=3, num_return_sequences=3, return_dict_in_generate=True, output_scores=True
+            )
             uncached = self.greedy(model, ids, num_beams=3, num_return_sequences=3, use_cache=False)
             self.assertEqual(out.sequences.tolist(), uncached.tolist())
             # A beam's score is the mean log-probability of its new tokens under the model itself.
@@ -86,7 +93,9 @@ class GenerationTesterMixin:
 
     def test_generate_with_static_cache(self):
         for model, ids in self.generative_models():
-            out = self.greedy(model, ids, cache_implementation="static", return_dict_in_generate=True, disable_compile=True)
+            out = self.greedy(
+                model, ids, cache_implementation="static", return_dict_in_generate=True, disable_compile=True
+            )
             self.assertEqual(out.sequences.tolist(), self.greedy(model, ids).tolist())
 
     def test_left_padding_compatibility(self):

@@ -11,13 +11,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+
 def sigmoid(z: np.ndarray) -> np.ndarray:
     return 0.5 * (1.0 + np.tanh(0.5 * z))
+
 
 def normalised(x: np.ndarray, eps: float) -> np.ndarray:
     """Zero mean, unit biased variance over the last axis."""
     centred = x - x.mean(-1, keepdims=True)
     return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
+
 
 class Rwkv7:
     """The model of a dict of official tensors, taken to float64; vectors stored as (1, 1, C) become (C)."""
