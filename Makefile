@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # --no-build-isolation: the build tools come from the constraints as well, and no build can bring another torch.
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 INSTALL := $(PIP) install --constraint constraints.txt
 CXX_SOURCES := $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.hpp')
 BUILD_FILES := pyproject.toml constraints.txt kernels/CMakeLists.txt $(CXX_SOURCES)
@@ -62,6 +62,6 @@ $(VENV)/.test: $(VENV)/.torch $(BUILD_FILES)
 	@touch $(VENV)/.runtime $@
 
 $(VENV)/.lint: constraints.txt | $(BIN)/python
-	@echo "setting up: ruff, clang-format"
-	@$(INSTALL) ruff clang-format
+	@echo "setting up: ruff, clang-format, pre-commit"
+	@$(INSTALL) ruff clang-format pre-commit
 	@touch $@

@@ -95,11 +95,12 @@ def fetch_smollm2(cache: Path) -> Path:
 
 @torch.inference_mode()
 def windowed_bits_per_byte(model, tokenizer, text: str, window: int = 2048, step: int = 1024) -> float:
-    """Return bits per byte of a transformer: windows of `window` tokens, of which the last `step` are counted.
+    """Return bits per byte of a transformer, read after one separator in windows of which the last `step` tokens count.
 
     So every token sees at least `window - step` tokens before it (the start of the text excepted).
     """
-    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+    separator = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    ids = torch.tensor([[separator, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
     nats, counted = 0.0, 1
     while counted < ids.shape[1]:
         end = min(window if counted == 1 else counted + step, ids.shape[1])
@@ -129,7 +130,10 @@ def main() -> None:
         )
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
-    row(f"wkv {args.model.name}", [bits_per_byte(model, tokenizer, text) for text in texts])
+    row(
+        f"{args.model.name}, RWKV-7 of {model.num_parameters() / 1e6:.1f} M parameters",
+        [bits_per_byte(model, tokenizer, text) for text in texts],
+    )
     alone, after = xz_bits(list(training.values()), texts)
     row("xz -9, each text alone", alone)
     row("xz -9, after the training text", after)

@@ -171,6 +171,8 @@ def main() -> None:
         print(f"interrupted at step {trainer.state.global_step}; run the same command to go on")
         return
     print(f"held-out bits per byte: {trainer.evaluate()['eval_bits_per_byte']:.4f}")
+    # The Trainer switches the cache off for training, in the config too.
+    model.config.use_cache = True
     model.to(torch.bfloat16).save_pretrained(output / "final")
     tokenizer.save_pretrained(output / "final")
 

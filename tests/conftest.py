@@ -151,6 +151,6 @@ def own_model(model):
 
 @pytest.fixture(autouse=True)
 def _seeded_and_single_threaded():
-    """Tiny tensors gain nothing from threads and lose much on a busy machine; a test that is about threads sets them."""
+    """Tiny tensors gain nothing from threads and lose much on a busy machine; a test about threads sets them."""
     torch.manual_seed(0)
     torch.set_num_threads(1)

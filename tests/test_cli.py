@@ -132,6 +132,17 @@ def test_generate_stops_before_a_stop_string(folder):
     assert cut == whole[: whole.index(stop, len("Hello"))] + "\n"
 
 
+def test_demo_compares_with_plain_pytorch(folder, monkeypatch):
+    monkeypatch.setattr("wkv.commands.demo_model_path", lambda: folder)
+    same = wkv("demo", "--max-new-tokens", 12)
+    assert same.returncode == 0, same.stderr
+    assert "kernel compiled" in same.stderr and "kernel plain PyTorch" in same.stderr
+    assert same.stderr.endswith("Both wrote the same text.\n")
+    monkeypatch.setattr("wkv.commands.WITHOUT_KERNELS", "import sys; print('else'); print('speed', file=sys.stderr)")
+    other = wkv("demo", "--max-new-tokens", 12)
+    assert other.returncode == 1 and "differ" in other.stderr and "else" in other.stderr
+
+
 def test_chat_answers_each_line_and_reset_forgets(folder):
     lines = "hello\n/reset\nhello\n\nmore\n/exit\nnever read\n"
     result = wkv("chat", folder, "--max-new-tokens", 8, "--temperature", 0, "--dtype", "float32", input=lines)

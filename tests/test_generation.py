@@ -205,6 +205,20 @@ def test_inputs_embeds(generator):
     assert torch.equal(generator.generate(ids, inputs_embeds=embeds), expected)
 
 
+def test_classifier_free_guidance(generator):
+    """Two states side by side: that of the prompt and that of the negative prompt."""
+    ids, negative, scale = random_ids(1, 7), random_ids(1, 5, seed=1), 1.7
+    out = generator.generate(ids, guidance_scale=scale, negative_prompt_ids=negative)
+    text = ids
+    for _ in range(NEW):
+        # The processor starts the unconditional text with the negative prompt.
+        other = torch.cat([negative, text[:, 7:]], 1)
+        conditional, unconditional = (log_probabilities(generator, t)[:, -1] for t in (text, other))
+        choice = (scale * (conditional - unconditional) + unconditional).argmax(-1, keepdim=True)
+        text = torch.cat([text, choice], 1)
+    assert torch.equal(out, text)
+
+
 class Collector(BaseStreamer):
     def __init__(self):
         self.ids, self.calls, self.ended = [], 0, False

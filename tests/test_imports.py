@@ -1,4 +1,4 @@
-"""Imports go one way: recipes -> wkv -> (try) wkv_kernels -> torch; models/ stands alone so that it can be published."""
+"""Imports go one way, recipes -> wkv -> (try) wkv_kernels -> torch, and models/ stands alone: it is what we publish."""
 
 import ast
 import sys

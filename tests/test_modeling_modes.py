@@ -105,6 +105,16 @@ def test_gradient_checkpointing(own_model, inputs, reentrant):
     assert_gradients_close(backward(model, ids, readout, **inputs), expected)
 
 
+def test_backward_of_a_forward_on_a_cache(own_model, monkeypatch):
+    """The cache is overwritten in place; the backward pass still sees the state that the forward began with."""
+    ids, readout = random_ids(2, T), torch.randn(2, 9, own_model.config.vocab_size)
+    with torch.no_grad():
+        cache = own_model(ids[:, :12], use_cache=True).past_key_values
+    got = backward(own_model, ids[:, 12:], readout, past_key_values=copy.deepcopy(cache))
+    monkeypatch.setattr(sys.modules[type(own_model).__module__], "write_state", lambda *args: None)
+    assert_gradients_close(got, backward(own_model, ids[:, 12:], readout, past_key_values=cache))
+
+
 def test_gradient_reaches_layer_0_through_v_first(own_model):
     """With layer 0's own output cut off, its value projection still learns."""
     with torch.no_grad():

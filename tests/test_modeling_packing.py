@@ -73,6 +73,21 @@ def test_rows_of_a_batch_pack_differently(model):
                 assert_close(states(packed.past_key_values, row), states(alone[-1].past_key_values))
 
 
+@pytest.mark.parametrize(
+    "description", [{"cu_seq_lens_q": torch.tensor([0, 4, 9])}, {"seq_idx": torch.tensor([[3] * 4 + [4] * 5])}]
+)
+def test_first_document_continues_the_cache(model, description):
+    """A forward on a cache: its first document goes on where the cache ends, the next one starts anew."""
+    ids = random_ids(1, 14)
+    with torch.no_grad():
+        first = model(ids[:, :9]).logits[:, 5:]
+        second = model(ids[:, 9:], use_cache=True)
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        packed = model(ids[:, 5:], past_key_values=cache, **description)
+    assert_close(packed.logits, torch.cat([first, second.logits], 1))
+    assert_close(states(cache), states(second.past_key_values))
+
+
 def test_packed_rows_with_right_padding(model):
     """Packed rows of unequal length, padded to one."""
     ids, lengths, T = random_ids(2, 20), [[8, 12], [5, 6]], 20

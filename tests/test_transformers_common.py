@@ -24,8 +24,8 @@ except SdistUnavailableError as error:
     pytest.skip(f"transformers' tests are not reachable: {error}", allow_module_level=True)
 
 
-# Tests of transformers that want its lenient loading: there, missing tensors are drawn anew and sizes are never read from
-# the tensors. They run with our strictness lifted; test_bad_input.py tests the strictness.
+# Tests of transformers that want its lenient loading: there, missing tensors are drawn anew and sizes are never read
+# from the tensors. They run with our strictness lifted; test_bad_folder.py tests the strictness.
 LENIENT = [
     "test_base_model_prefix_loads_base_weights",
     "test_can_init_all_missing_weights",

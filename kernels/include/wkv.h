@@ -81,6 +81,130 @@ typedef struct {
 
 WKV_API int wkv7_backward(const wkv7_backward_args* args);
 
+/* y = x weight^T for few vectors x: every weight is read once, in its own dtype; sums are float32. x (n_rows, n_in) and
+ * y (n_rows, n_out) are of the weight's dtype, their rows x_row and y_row elements apart. */
+typedef struct {
+    int64_t n_rows, n_in, n_out;
+    int64_t dtype;
+    int64_t n_threads;
+    const void* x;
+    int64_t x_row;
+    const void* weight; /* (n_out, n_in), contiguous */
+    void* y;
+    int64_t y_row;
+} wkv_few_rows_linear_args;
+
+WKV_API int wkv_few_rows_linear(const wkv_few_rows_linear_args* args);
+
+/* What stands between the matrix products of a RWKV-7 block, everything computed in float32.
+ * Sums over tokens, the gradients of parameters, do not depend on the number of threads. */
+
+/* n values a token, (B, T, n) with stride 1 in the last dimension. */
+typedef struct {
+    void* data;
+    int64_t dtype;
+    int64_t batch, token; /* strides */
+} wkv_rows;
+
+/* A contiguous parameter, one value a channel, or its gradient. */
+typedef struct {
+    void* data;
+    int64_t dtype;
+} wkv_vector;
+
+/* The A = H N channels of a token are H heads of N. */
+typedef struct {
+    int64_t B, T, H, N;
+    int64_t n_threads;
+} rwkv7_sizes;
+
+enum { RWKV7_MAX_MIXES = 6 };
+
+/* mixed[i] = x + (p - x) mixes[i], where p is the token before x: of the same row, or taken from `before`. */
+typedef struct {
+    rwkv7_sizes sizes; /* H = 1 */
+    int64_t n_mixes;
+    int64_t before_each; /* `before` has the p of every token; else one token a row, the p of its first */
+    wkv_rows x, before;  /* before.data NULL: zeros */
+    wkv_vector mixes[RWKV7_MAX_MIXES];
+    wkv_rows mixed[RWKV7_MAX_MIXES]; /* in a backward pass, its gradients */
+} rwkv7_shift_mix_args;
+
+typedef struct {
+    rwkv7_shift_mix_args of;
+    wkv_rows grad_x, grad_before; /* grad_before.data NULL: not wanted */
+    wkv_vector grad_mixes[RWKV7_MAX_MIXES];
+} rwkv7_shift_mix_backward_args;
+
+WKV_API int rwkv7_shift_mix(const rwkv7_shift_mix_args* args);
+WKV_API int rwkv7_shift_mix_backward(const rwkv7_shift_mix_backward_args* args);
+
+/* s = sigmoid, per head: log_w = -exp(-1/2) s(raw_w),  kk = raw_k k_k / |raw_k k_k|,  a = -kk,  b = kk s(raw_a),
+ * k = raw_k (1 + (s(raw_a) - 1) k_a). */
+typedef struct {
+    rwkv7_sizes sizes;
+    wkv_rows raw_w, raw_k, raw_a;
+    wkv_vector k_k, k_a;
+    wkv_rows log_w, k, a, b; /* in a backward pass, their gradients */
+} rwkv7_key_stage_args;
+
+typedef struct {
+    rwkv7_key_stage_args of;
+    wkv_rows grad_raw_w, grad_raw_k, grad_raw_a;
+    wkv_vector grad_k_k, grad_k_a;
+} rwkv7_key_stage_backward_args;
+
+WKV_API int rwkv7_key_stage(const rwkv7_key_stage_args* args);
+WKV_API int rwkv7_key_stage_backward(const rwkv7_key_stage_backward_args* args);
+
+/* mixed = v + (v_first - v) sigmoid(raw). */
+typedef struct {
+    rwkv7_sizes sizes;
+    wkv_rows v, v_first, raw;
+    wkv_rows mixed; /* in a backward pass, its gradient */
+} rwkv7_value_residual_args;
+
+typedef struct {
+    rwkv7_value_residual_args of;
+    wkv_rows grad_v, grad_v_first, grad_raw;
+} rwkv7_value_residual_backward_args;
+
+WKV_API int rwkv7_value_residual(const rwkv7_value_residual_args* args);
+WKV_API int rwkv7_value_residual_backward(const rwkv7_value_residual_backward_args* args);
+
+/* Per head: y = (norm(o) weight + bias + (r k r_k summed) v) g, where norm(o) has mean 0 and variance 1. */
+typedef struct {
+    rwkv7_sizes sizes;
+    double eps;
+    wkv_rows o, r, k, v, g;
+    wkv_vector r_k, weight, bias;
+    wkv_rows y; /* in a backward pass, its gradient */
+} rwkv7_out_stage_args;
+
+typedef struct {
+    rwkv7_out_stage_args of;
+    wkv_rows grad_o, grad_r, grad_k, grad_v, grad_g;
+    wkv_vector grad_r_k, grad_weight, grad_bias;
+} rwkv7_out_stage_backward_args;
+
+WKV_API int rwkv7_out_stage(const rwkv7_out_stage_args* args);
+WKV_API int rwkv7_out_stage_backward(const rwkv7_out_stage_backward_args* args);
+
+/* y = max(x, 0)^2. */
+typedef struct {
+    rwkv7_sizes sizes;
+    wkv_rows x;
+    wkv_rows y; /* in a backward pass, its gradient */
+} rwkv7_relu_squared_args;
+
+typedef struct {
+    rwkv7_relu_squared_args of;
+    wkv_rows grad_x;
+} rwkv7_relu_squared_backward_args;
+
+WKV_API int rwkv7_relu_squared(const rwkv7_relu_squared_args* args);
+WKV_API int rwkv7_relu_squared_backward(const rwkv7_relu_squared_backward_args* args);
+
 /* A trie of byte strings, in `words` that the caller owns. Piece i is bytes[ends[i - 1], ends[i]) and has id i; an
  * empty piece has no id, nor can piece 0 have one. All 256 single bytes must be among the pieces. Returns how many
  * words the trie takes, the rest of `capacity` may be cut off; -1 when they or the memory do not suffice. */

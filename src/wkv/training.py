@@ -2,8 +2,9 @@
 
 Everything plugs into `transformers.Trainer`, and what derives from it, in one line:
 
-    Trainer(model, args, train_dataset=data, optimizers=wkv.training.optimizers(model, lr=6e-4, total_steps=1000),
-            compute_loss_func=wkv.training.l2wrap_loss)
+    from wkv.training import l2wrap_loss, optimizers
+    Trainer(model, args, train_dataset=data, optimizers=optimizers(model, lr=6e-4, total_steps=1000),
+            compute_loss_func=l2wrap_loss)
 
 The per-tensor initialisation is in the model classes (`from_config`). Source: BlinkDL's RWKV-LM trainer, described in
 its README.

@@ -1,4 +1,4 @@
-"""What a causal language model brings to transformers' common tests: a tiny configuration, inputs, and its heads' tests."""
+"""What a causal language model brings to transformers' common tests: configuration, inputs, tests of its heads."""
 
 import torch
 from transformers import AutoModelForSequenceClassification, set_seed

@@ -7,7 +7,7 @@ import numpy as np
 
 
 def wkv7(r, log_w, k, v, a, b, state):
-    """One sequence: r, log_w, k, a, b (T, H, K), v (T, H, V), state (H, K, V); returns o (T, H, V) and the last state."""
+    """One sequence: r, log_w, k, a, b (T, H, K), v (T, H, V), state (H, K, V); returns o and the last state."""
     r, log_w, k, v, a, b = (np.asarray(x, dtype=np.float64) for x in (r, log_w, k, v, a, b))
     state = np.asarray(state, dtype=np.float64).copy()
     T, H, V = v.shape

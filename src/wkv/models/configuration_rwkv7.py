@@ -77,7 +77,7 @@ class Rwkv7Config(PreTrainedConfig):
         if self.attention_hidden_size is None:
             self.attention_hidden_size = self.num_heads * self.head_dim if self.num_heads else self.hidden_size
         if self.num_heads is None:
-            self.num_heads = self.attention_hidden_size // self.head_dim
+            self.num_heads = self.attention_hidden_size // max(1, self.head_dim)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         self.decay_low_rank_dim = self.decay_low_rank_dim or self._low_rank(1.8, 0.5)
@@ -113,6 +113,14 @@ class Rwkv7Config(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Part of the checks that run after construction."""
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim", "intermediate_size")
+        ranks = ("decay_low_rank_dim", "a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim")
+        for name in (*sizes, *ranks):
+            if getattr(self, name) < 1:
+                raise ValueError(f"config field `{name}` must be at least 1, got {getattr(self, name)}")
+        for name in ("norm_eps", "group_norm_eps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"config field `{name}` must not be negative, got {getattr(self, name)}")
         if self.num_heads * self.head_dim != self.attention_hidden_size:
             raise ValueError(
                 f"num_heads ({self.num_heads}) x head_dim ({self.head_dim}) must equal "
@@ -120,14 +128,16 @@ class Rwkv7Config(PreTrainedConfig):
             )
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings must be False: RWKV-7 has separate embeddings and head")
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"config field `{name}` must be at least 1, got {getattr(self, name)}")
 
     @property
     def layer_types(self) -> list[str]:
         """The cache layer of every block, by transformers' naming."""
         return ["rwkv"] * self.num_hidden_layers
 
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """Shape of the WKV state of one layer and one sequence: (H, K, V)."""
+        return self.num_heads, self.head_dim, self.head_dim
+
     def validate_layer_type(self) -> None:
-        """`rwkv` is our own layer type, registered in rwkv_common; transformers' list does not know it."""
+        """`rwkv` is our own layer type, registered in rwkv_cache; transformers' list does not know it."""

@@ -26,16 +26,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_rwkv7 import Rwkv7Config, correct_world_tokens
-from .rwkv_common import (
-    RwkvPreTrainedModel,
-    check_inputs,
-    no_cache_in_training,
-    plan_sequences,
-    read_state,
-    recurrent_mask,
-    token_shift,
-    write_state,
-)
+from .rwkv_cache import read_state, recurrent_mask, write_state
+from .rwkv_common import RwkvPreTrainedModel, no_cache_in_training
+from .rwkv_sequences import check_inputs, plan_sequences, token_shift
 from .wkv7 import wkv7
 
 # The decay is exp(-exp(-1/2) * sigmoid(w)), so between 0.545 and 1.
@@ -292,7 +285,16 @@ class Rwkv7Model(Rwkv7PreTrainedModel):
         Packed documents are told by `cu_seq_lens_q` (n + 1,) with B = 1, by `seq_idx` (B, T), or by `position_ids`
         (B, T) restarting at 0. Raises `ValueError` for shapes, ids or caches that do not fit.
         """
-        check_inputs(self.config, input_ids, inputs_embeds, attention_mask, past_key_values)
+        check_inputs(
+            self.config,
+            self.embeddings,
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            cu_seq_lens_q,
+            past_key_values,
+        )
         if inputs_embeds is None:
             inputs_embeds = self.embeddings(input_ids)
         if use_cache and past_key_values is None:

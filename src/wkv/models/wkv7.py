@@ -11,6 +11,7 @@ Source: "RWKV-7 Goose with Expressive Dynamic State Evolution" (2025), section 4
 diagonal-plus-rank-one transition.
 """
 
+import functools
 import itertools
 import logging
 
@@ -32,6 +33,17 @@ except ImportError as error:
 CHUNK_LENGTH = 64
 
 
+def _in_full_precision(op):
+    """Autocast would run the matrix products of `op` in half precision."""
+
+    @functools.wraps(op)
+    def wrapper(r, *args, **kwargs):
+        with torch.autocast(r.device.type, enabled=False):
+            return op(r, *args, **kwargs)
+
+    return wrapper
+
+
 def wkv7(r, log_w, k, v, a, b, state=None, cu_seqlens=None):
     """RWKV-7's WKV operator, by the fastest implementation for the tensors' device.
 
@@ -47,6 +59,7 @@ def wkv7(r, log_w, k, v, a, b, state=None, cu_seqlens=None):
     return chunk_wkv7(r, log_w, k, v, a, b, state, cu_seqlens)
 
 
+@_in_full_precision
 def naive_recurrent_wkv7(r, log_w, k, v, a, b, state=None, cu_seqlens=None):
     """The definition: one step per token, everything in float32 (float64 when given float64).
 
@@ -67,6 +80,7 @@ def naive_recurrent_wkv7(r, log_w, k, v, a, b, state=None, cu_seqlens=None):
     return torch.stack(outputs, 1).to(dtype), S
 
 
+@_in_full_precision
 def chunk_wkv7(r, log_w, k, v, a, b, state=None, cu_seqlens=None):
     """The same operator by chunks of 64 tokens: matrix products inside a chunk, one state update per chunk.
 
