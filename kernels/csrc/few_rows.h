@@ -140,13 +140,7 @@ WKV_INLINE void multiply_tile(Vec* sums, const char* w, int64_t n, const float* 
 // Rows [0, n_rows) with kB vectors, n_rows <= kLanes.
 template <int64_t kDtype, int kB>
 void multiply_block(Vec* sums, const char* w, int64_t n_rows, int64_t n, const float* x, int64_t ld_x) {
-#ifndef KROWS
-#define KROWS 2
-#endif
-#ifndef PF
-#define PF 0
-#endif
-    constexpr int kRows = kB == 1 ? 1 : KROWS;
+    constexpr int kRows = kB == 1 ? 1 : 2;
     int64_t i = 0;
     for (; i + kRows <= n_rows; i += kRows)
         multiply_tile<kDtype, kRows, kB>(sums + i, w + i * n * size_of(kDtype), n, x, ld_x);

@@ -150,7 +150,11 @@ class RwkvTokenizer(PreTrainedTokenizerFast):
         if kwargs.get("tokenizer_file"):
             kwargs.pop("vocab_file", None)
             return kwargs
-        vocabulary = read_world_vocabulary(kwargs.pop("vocab_file"))
+        vocab_file = kwargs.pop("vocab_file", None)
+        if vocab_file is None:
+            names = " or ".join(sorted(cls.vocab_files_names.values(), reverse=True))
+            raise ValueError(f"{kwargs.get('name_or_path') or 'this folder'} has no tokenizer: {names} is needed")
+        vocabulary = read_world_vocabulary(vocab_file)
         unk, bos, eos, pad = (str(kwargs.pop(f"{role}_token", None) or "") for role in ("unk", "bos", "eos", "pad"))
         end_of_text = next((name for name in (unk, bos, eos, pad) if name.strip()), END_OF_TEXT)
         if eos not in ("", end_of_text):
