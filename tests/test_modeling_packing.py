@@ -88,16 +88,33 @@ def test_first_document_continues_the_cache(model, description):
     assert_close(states(cache), states(second.past_key_values))
 
 
-def test_packed_rows_with_right_padding(model):
+def test_positions_of_one_row_hold_for_all(model):
+    """`position_ids` (1, T) beside a batch are those of every row."""
+    ids = random_ids(2, sum(LENGTHS))
+    with torch.no_grad():
+        packed = model(ids, position_ids=POSITIONS, use_cache=True)
+        for row in range(2):
+            alone = model(ids[row : row + 1], position_ids=POSITIONS, use_cache=True)
+            assert_close(packed.logits[row : row + 1], alone.logits)
+            assert_close(states(packed.past_key_values, row), states(alone.past_key_values))
+
+
+# How the padding of a row of documents 0, 1, ... is described beside a mask.
+@pytest.mark.parametrize("padding", ["position_ids", "seq_idx -1", "seq_idx 0", "seq_idx new", "seq_idx as the last"])
+def test_packed_rows_with_right_padding(model, padding):
     """Packed rows of unequal length, padded to one."""
     ids, lengths, T = random_ids(2, 20), [[8, 12], [5, 6]], 20
     positions, mask = torch.zeros(2, T, dtype=torch.long), torch.zeros(2, T, dtype=torch.long)
+    number = {"seq_idx -1": -1, "seq_idx 0": 0, "seq_idx new": 2}.get(padding, 1)
+    index = torch.full((2, T), number)
     for row, pieces in enumerate(lengths):
         total = sum(pieces)
         positions[row, :total] = torch.cat([torch.arange(n) for n in pieces])
+        index[row, :total] = torch.cat([torch.full((n,), i) for i, n in enumerate(pieces)])
         mask[row, :total] = 1
+    description = {"position_ids": positions} if padding == "position_ids" else {"seq_idx": index}
     with torch.no_grad():
-        packed = model(ids, position_ids=positions, attention_mask=mask, use_cache=True)
+        packed = model(ids, attention_mask=mask, use_cache=True, **description)
         for row, pieces in enumerate(lengths):
             start = 0
             for n in pieces:

@@ -181,7 +181,7 @@ def test_ours_equals_oracle_where_the_package_cannot_go(shape):
     assert_close(official_state(cache), [torch.tensor(s) for s in final])
 
 
-@pytest.mark.parametrize("T", [12, 70])
+@pytest.mark.parametrize("T", [12, 34])
 def test_gradients_equal_differences_of_the_oracle(T):
     """Every tensor's gradient against central differences of the float64 oracle, along a random direction."""
     weights = random_official_rwkv7(L=2, C=16, N=8, V=11)

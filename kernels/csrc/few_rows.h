@@ -11,7 +11,7 @@ namespace {
 
 typedef uint32_t UVec __attribute__((vector_size(4 * kLanes)));
 
-// As many vectors as go through a matrix together: accumulators for two of its rows fit the registers.
+// As many vectors as go through a matrix together: their accumulators, two vectors each, fit the registers.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kMaxTile = 8;
 #else
@@ -102,49 +102,39 @@ WKV_INLINE Vec sum_each(Vec* x) {
     return x[0];
 }
 
-// Unreduced products of kRows rows with kB vectors: row r and vector b to sums[b * kLanes + r].
-template <int64_t kDtype, int kRows, int kB>
-WKV_INLINE void multiply_tile(Vec* sums, const char* w, int64_t n, const float* x, int64_t ld_x) {
-    // Enough independent sums to keep the multipliers busy.
-    constexpr int kUnroll = kRows * kB >= 8 ? 1 : (kRows * kB >= 3 ? 2 : 4);
-    constexpr int64_t kSize = size_of(kDtype);
-    Vec sum[kUnroll][kRows][kB];
-    for (int u = 0; u < kUnroll; ++u)
-        for (int r = 0; r < kRows; ++r)
-            for (int b = 0; b < kB; ++b) sum[u][r][b] = Vec{};
-    int64_t i = 0;
-    for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
-        for (int u = 0; u < kUnroll; ++u) {
-            Vec y[kRows];
-            for (int r = 0; r < kRows; ++r) y[r] = widen<kDtype>(w + (r * n + i + u * kLanes) * kSize);
-            for (int b = 0; b < kB; ++b) {
-                const Vec z = load(x + b * ld_x + i + u * kLanes);
-                for (int r = 0; r < kRows; ++r) sum[u][r][b] += y[r] * z;
-            }
-        }
-    }
-    for (; i < n; i += kLanes) {
-        for (int r = 0; r < kRows; ++r) {
-            const char* at = w + (r * n + i) * kSize;
-            const Vec y = i + kLanes <= n ? widen<kDtype>(at) : widen<kDtype>(at, n - i);
-            for (int b = 0; b < kB; ++b) sum[0][r][b] += y * load(x + b * ld_x + i);
-        }
-    }
-    for (int r = 0; r < kRows; ++r)
-        for (int b = 0; b < kB; ++b) {
-            for (int u = 1; u < kUnroll; ++u) sum[0][r][b] += sum[u][r][b];
-            sums[b * kLanes + r] = sum[0][r][b];
-        }
-}
+// How far ahead memory is asked for. Measured: without it, and with several rows at a time, the prefetcher of the
+// machine reaches two thirds of the bandwidth.
+constexpr int64_t kAhead = 2048;
 
-// Rows [0, n_rows) with kB vectors, n_rows <= kLanes.
+// Unreduced products of n_rows <= kLanes rows with kB vectors: row r and vector b to sums[b * kLanes + r].
 template <int64_t kDtype, int kB>
 void multiply_block(Vec* sums, const char* w, int64_t n_rows, int64_t n, const float* x, int64_t ld_x) {
-    constexpr int kRows = kB == 1 ? 1 : 2;
-    int64_t i = 0;
-    for (; i + kRows <= n_rows; i += kRows)
-        multiply_tile<kDtype, kRows, kB>(sums + i, w + i * n * size_of(kDtype), n, x, ld_x);
-    for (; i < n_rows; ++i) multiply_tile<kDtype, 1, kB>(sums + i, w + i * n * size_of(kDtype), n, x, ld_x);
+    // Enough independent sums to keep the multipliers busy.
+    constexpr int kUnroll = kB <= 2 ? 4 : 2;
+    constexpr int64_t kSize = size_of(kDtype);
+    for (int64_t r = 0; r < n_rows; ++r, w += n * kSize) {
+        Vec sum[kUnroll][kB];
+        for (int u = 0; u < kUnroll; ++u)
+            for (int b = 0; b < kB; ++b) sum[u][b] = Vec{};
+        int64_t i = 0;
+        for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+            for (int u = 0; u < kUnroll; ++u) {
+                const char* at = w + (i + u * kLanes) * kSize;
+                if (u * kLanes * kSize % 64 == 0) __builtin_prefetch(at + kAhead);
+                const Vec y = widen<kDtype>(at);
+                for (int b = 0; b < kB; ++b) sum[u][b] += y * load(x + b * ld_x + i + u * kLanes);
+            }
+        }
+        for (; i < n; i += kLanes) {
+            const char* at = w + i * kSize;
+            const Vec y = i + kLanes <= n ? widen<kDtype>(at) : widen<kDtype>(at, n - i);
+            for (int b = 0; b < kB; ++b) sum[0][b] += y * load(x + b * ld_x + i);
+        }
+        for (int b = 0; b < kB; ++b) {
+            for (int u = 1; u < kUnroll; ++u) sum[0][b] += sum[u][b];
+            sums[b * kLanes + r] = sum[0][b];
+        }
+    }
 }
 
 template <int64_t kDtype>

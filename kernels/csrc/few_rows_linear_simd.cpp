@@ -1,6 +1,5 @@
 // The output channels [begin, end) of few_rows_linear.
 #include "few_rows.h"
-
 #include "few_rows_linear.h"
 
 namespace wkv {

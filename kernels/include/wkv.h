@@ -81,6 +81,44 @@ typedef struct {
 
 WKV_API int wkv7_backward(const wkv7_backward_args* args);
 
+/* One token of an RWKV-7 model, all layers: weights, and states that are overwritten. C residual width, A = H K, F
+ * hidden units of the feed-forward, L layers. Matrices and vectors are of one dtype and contiguous, matrices row-major
+ * (output channels, input channels) unless said otherwise; activations and sums are float32. */
+typedef struct {
+    const void *attn_norm_weight, *attn_norm_bias, *ffn_norm_weight, *ffn_norm_bias; /* (C) */
+    const void *x_r, *x_w, *x_k, *x_v, *x_a, *x_g;                                   /* (C) */
+    const void *k_k, *k_a, *r_k, *g_norm_weight, *g_norm_bias;                       /* (A) */
+    const void *r_proj, *k_proj, *v_proj, *o_proj;
+    const void *w_down, *w_up, *w_bias;
+    const void *a_down, *a_up, *a_bias;
+    const void *v_down, *v_up, *v_bias; /* not read in layer 0 */
+    const void *g_down, *g_up;
+    const void* ffn_x_k; /* (C) */
+    const void *key, *value;
+    int64_t value_by_unit; /* value is (F, C): hidden units whose activation is zero are not read */
+} wkv_rwkv7_layer;
+
+typedef struct {
+    void *attn_shift, *ffn_shift; /* (B, C) of the weights' dtype */
+    float* S;                     /* (B, H, K, K) */
+} wkv_rwkv7_layer_state;
+
+typedef struct {
+    int64_t B, C, H, K, F, L;
+    int64_t w_rank, a_rank, v_rank, g_rank;
+    int64_t dtype;
+    int64_t n_threads;
+    double norm_eps, group_norm_eps;
+    const void *pre_norm_weight, *pre_norm_bias, *norm_weight, *norm_bias; /* (C) */
+    const wkv_rwkv7_layer* layers;
+    const wkv_rwkv7_layer_state* states;
+    const void* x; /* (B, C), the embeddings of the tokens */
+    void* out;     /* (B, C), the last hidden state, normalised */
+} wkv_rwkv7_step_args;
+
+/* The result does not depend on n_threads. */
+WKV_API int wkv_rwkv7_step(const wkv_rwkv7_step_args* args);
+
 /* y = x weight^T for few vectors x: every weight is read once, in its own dtype; sums are float32. x (n_rows, n_in) and
  * y (n_rows, n_out) are of the weight's dtype, their rows x_row and y_row elements apart. */
 typedef struct {

@@ -1,4 +1,4 @@
-// Calls every entry point of libwkv on odd sizes, strides and threads; meant to be built with sanitizers, and to run
+// Calls wkv7 and the trie of libwkv on odd sizes, strides and threads; meant to be built with sanitizers, and to run
 // with malloc filling new memory with NaN. Exits with 1 when a result is not finite or texts do not survive the trie.
 #include <cmath>
 #include <cstdint>

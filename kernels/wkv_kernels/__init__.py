@@ -7,6 +7,8 @@ from .wkv7 import wkv7
 
 __all__ = ["info", "wkv7"]
 
+OPS = ("wkv7", "rwkv7_fused", "rwkv7_step", "few_rows_linear")
+
 
 def info() -> dict:
     """What runs here: version, instruction set, threads, and for each operator the backend of each device."""
@@ -14,5 +16,5 @@ def info() -> dict:
         "version": version(),
         "isa": isa(),
         "threads": torch.get_num_threads(),
-        "ops": {"wkv7": {"cpu": f"C++ ({isa()})"}},
+        "ops": {name: {"cpu": f"C++ ({isa()})"} for name in OPS},
     }

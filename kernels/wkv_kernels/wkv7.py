@@ -19,6 +19,7 @@ torch.library.define(
     f"(Tensor? grad_o, Tensor? grad_final_state, {_INPUTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+_NAMES = ("r", "log_w", "k", "v", "a", "b")
 _OP = torch.ops.wkv.wkv7.default
 
 # wkv7_forward_args and wkv7_backward_args of wkv.h.
@@ -73,7 +74,7 @@ def _check(r, log_w, k, v, a, b, state, cu_seqlens) -> None:
     shape, device = r.shape, r.device
     if len(shape) != 4:
         raise ValueError(f"r must have four dimensions (B, T, H, K), not shape {tuple(shape)}")
-    for name, x in (("r", r), ("log_w", log_w), ("k", k), ("v", v), ("a", a), ("b", b)):
+    for name, x in zip(_NAMES, (r, log_w, k, v, a, b), strict=True):
         if x.shape != shape and (name != "v" or x.dim() != 4 or x.shape[:3] != shape[:3]):
             but = " but for the last dimension" if name == "v" else ""
             raise ValueError(f"{name} must have the shape of r, {tuple(shape)}{but}, not {tuple(x.shape)}")

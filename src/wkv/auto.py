@@ -104,6 +104,11 @@ _GENERATION_MODULES = {f"{_MODELS}.{name.partition('.')[0]}" for names in GENERA
 _waiting = {
     _register_configurations: ("transformers.models.auto.configuration_auto", *_GENERATION_MODULES),
     _register_tokenizers: ("transformers.models.auto.tokenization_auto", f"{_MODELS}.tokenization_rwkv"),
-    _register_models: ("transformers.models.auto.modeling_auto", *_GENERATION_MODULES),
+    _register_models: (
+        "transformers.models.auto.modeling_auto",
+        "transformers.modeling_layers",
+        "transformers.modeling_utils",
+        *_GENERATION_MODULES,
+    ),
 }
 _loaded = set()

@@ -3,6 +3,7 @@
 Letters: B batch, T tokens.
 """
 
+import copy
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -101,23 +102,32 @@ class Chat:
         seen = self.cache.get_seq_length() if self.cache is not None else 0
         tokens = torch.tensor([ids], device=self.model.device)
         stream = TextStream(self.tokenizer, write, ["\n\n"])
-        output = self.model.generate(
-            tokens,
-            attention_mask=tokens.new_ones(1, seen + len(ids)),
-            past_key_values=self.cache,
-            streamer=stream,
-            stopping_criteria=StoppingCriteriaList([stream]),
-            max_new_tokens=max_new_tokens,
-            suppress_tokens=[0],
-            return_dict_in_generate=True,
-            **generate_arguments(self.tokenizer, len(ids), **self.settings),
-        )
+        before = copy.deepcopy(self.cache)
+        try:
+            output = self._generate(tokens, seen, stream, max_new_tokens)
+        # An interrupt as well: what was read of this turn must not stay in the state.
+        except BaseException:
+            self.cache = before
+            raise
         self.cache = output.past_key_values
         # The last token was sampled but not read yet.
         self.unread = output.sequences[0, -1:].tolist()
         if not stream.stopped:
             self.unread += self._encode("\n\n")
         return stream
+
+    def _generate(self, tokens: torch.Tensor, seen: int, stream: TextStream, max_new_tokens: int):
+        return self.model.generate(
+            tokens,
+            attention_mask=tokens.new_ones(1, seen + tokens.shape[1]),
+            past_key_values=self.cache,
+            streamer=stream,
+            stopping_criteria=StoppingCriteriaList([stream]),
+            max_new_tokens=max_new_tokens,
+            suppress_tokens=[0],
+            return_dict_in_generate=True,
+            **generate_arguments(self.tokenizer, tokens.shape[1], **self.settings),
+        )
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

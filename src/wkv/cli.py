@@ -46,7 +46,7 @@ def convert(
     vocab: Vocabulary = None,
     tokenizer: Annotated[bool, typer.Option(help="Write the World tokenizer into the folder.")] = True,
     check: Annotated[
-        bool, typer.Option("--check", help="Refuse NaN and infinity; compare the logits before and after.")
+        bool, typer.Option("--check", help="Refuse NaN and infinity; between layouts, compare the logits.")
     ] = False,
 ) -> None:
     """Convert between official checkpoints and Hugging Face folders, without loss in either direction."""
@@ -55,6 +55,8 @@ def convert(
     difference = convert(source, destination, to=to, vocab=vocab, tokenizer=tokenizer, check=check)
     if difference is not None:
         print(f"largest difference of the logits before and after: {difference:.1e}")
+    elif check:
+        print("every weight is finite; the logits were not compared")
     print(f"{destination} is written")
 
 

@@ -16,7 +16,7 @@ try:
 except ImportError:
     wkv_kernels = None
 
-OPS = ["wkv7"]
+OPS = ("wkv7", "rwkv7_fused", "rwkv7_step", "few_rows_linear")
 
 
 def kernel() -> str:

@@ -59,7 +59,7 @@ def save_tokenizer(directory: str | Path, vocab_file: str | Path | None = None) 
 
     Raises FileExistsError when `directory` is a file or a folder with something in it.
     """
-    directory = Path(directory)
+    directory = Path(directory).resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists and is not an empty folder")
     tokenizer = build_tokenizer(vocab_file)

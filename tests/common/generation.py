@@ -107,6 +107,18 @@ class GenerationTesterMixin:
                 logits = model(padded, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
                 torch.testing.assert_close(logits, alone, rtol=0, atol=1e-5)
 
+    def test_right_padding_compatibility(self):
+        for model, ids in self.generative_models():
+            T = ids.shape[1]
+            padded = torch.cat([ids, torch.zeros(2, 4, dtype=torch.long)], 1)
+            mask = torch.cat([torch.ones_like(ids), torch.zeros(2, 4, dtype=torch.long)], 1)
+            alone = model(ids, use_cache=True)
+            out = model(padded, attention_mask=mask, use_cache=True)
+            torch.testing.assert_close(out.logits[:, :T], alone.logits, rtol=0, atol=1e-5)
+            # The padding has left no trace: the next token follows the text.
+            after = [model(ids[:, :1], past_key_values=o.past_key_values).logits for o in (out, alone)]
+            torch.testing.assert_close(*after, rtol=0, atol=1e-5)
+
     def test_assisted_decoding_is_refused(self):
         for model, ids in self.generative_models():
             with self.assertRaisesRegex(ValueError, "stateful"):

@@ -49,8 +49,12 @@ def fetch() -> Path:
         unpacked = next((Path(work) / "unpacked").iterdir())
         # The configuration tests import this folder as if it were the library.
         (unpacked / "tests" / "__init__.py").touch()
-        if not folder.parent.exists():
+        try:
             unpacked.rename(folder.parent)
+        except OSError:
+            # Another process was first.
+            if not folder.exists():
+                raise
     return folder
 
 

@@ -9,7 +9,6 @@ half-precision results follow: activations in the model's dtype, decay, state an
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import DynamicCache
@@ -21,18 +20,17 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, is_torchdynamo_compiling
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_rwkv7 import Rwkv7Config, correct_world_tokens
+from .rwkv7_fused import Rwkv7GroupNorm, key_stage, out_stage, relu_squared, shift_mix, value_residual
+from .rwkv7_step import FusedStep, by_rows, linear_of_few_rows
 from .rwkv_cache import read_state, recurrent_mask, write_state
 from .rwkv_common import RwkvPreTrainedModel, no_cache_in_training
-from .rwkv_sequences import check_inputs, plan_sequences, token_shift
+from .rwkv_sequences import check_inputs, plan_sequences
 from .wkv7 import wkv7
-
-# The decay is exp(-exp(-1/2) * sigmoid(w)), so between 0.545 and 1.
-LOG_DECAY_SCALE = -0.6065306597126334
 
 
 class Rwkv7LowRank(nn.Module):
@@ -45,13 +43,6 @@ class Rwkv7LowRank(nn.Module):
 
     def forward(self, x):
         return self.lora(x)
-
-
-class Rwkv7GroupNorm(nn.GroupNorm):
-    """Group norm over the channels of each head, in float32 whatever the model's dtype."""
-
-    def forward(self, x):
-        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
 
 
 class Rwkv7TimeMix(nn.Module):
@@ -85,33 +76,21 @@ class Rwkv7TimeMix(nn.Module):
 
     def forward(self, x, v_first, past_key_values, plan):
         """x (B, T, C), v_first (B, T, A) or None in layer 0. Returns the update of the residual and v_first."""
-        B, T, _ = x.shape
         carried, S = read_state(past_key_values, self.layer_idx, 0)
-        previous, last = token_shift(x, carried, plan)
-        delta = previous - x
-        r = self.r_proj(torch.addcmul(x, delta, self.x_r))
-        w = self.w_lora(torch.addcmul(x, delta, self.x_w))
-        k = self.k_proj(torch.addcmul(x, delta, self.x_k))
-        x_v = torch.addcmul(x, delta, self.x_v)
+        mixes = [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
+        (x_r, x_w, x_k, x_v, x_a, x_g), last = shift_mix(x, carried, plan, mixes)
         v = self.v_proj(x_v)
-        a = self.a_lora(torch.addcmul(x, delta, self.x_a)).sigmoid()
-        g = self.g_lora(torch.addcmul(x, delta, self.x_g))
         if v_first is None:
             v_first = v
         else:
-            v = torch.lerp(v, v_first, self.v_lora(x_v).sigmoid())
-
-        # (B, T, H, K) from here to the group norm.
-        log_w = self.heads(LOG_DECAY_SCALE * w.float().sigmoid())
-        kk = F.normalize(self.heads(k * self.k_k).float(), dim=-1).to(x.dtype)
-        k = self.heads(torch.addcmul(k, k * (a - 1), self.k_a))
-        r, v, a = self.heads(r), self.heads(v), self.heads(a)
-        o, S = self.recurrence(r, log_w, k, v, -kk, kk * a, S, plan)
+            v = value_residual(v, v_first, self.v_lora(x_v))
+        # (B, T, H, K) from here to the output stage.
+        r, v = self.heads(self.r_proj(x_r)), self.heads(v)
+        raw_w, raw_k, raw_a = self.w_lora(x_w), self.k_proj(x_k), self.a_lora(x_a)
+        log_w, k, a, b = key_stage(raw_w, raw_k, raw_a, self.k_k, self.k_a, r.shape[2])
+        o, S = self.recurrence(r, log_w, k, v, a, b, S, plan)
         write_state(past_key_values, self.layer_idx, 0, last, S)
-
-        o = self.g_norm(o.reshape(B * T, -1)).view(B, T, -1)
-        bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
-        return self.o_proj((o.to(x.dtype) + bonus.flatten(2)) * g), v_first
+        return self.o_proj(out_stage(self.g_norm, o, r, k, v, self.g_lora(x_g), self.r_k)), v_first
 
     def heads(self, x):
         """(B, T, A) to (B, T, H, K)."""
@@ -146,11 +125,21 @@ class Rwkv7ChannelMix(nn.Module):
 
     def forward(self, x, past_key_values, plan):
         """x (B, T, C). Returns the update of the residual."""
+        if torch.is_grad_enabled() and not is_torchdynamo_compiling():
+            by_rows(self.value)
         carried, _ = read_state(past_key_values, self.layer_idx, 1)
-        previous, last = token_shift(x, carried, plan)
+        (x_k,), last = shift_mix(x, carried, plan, [self.x_k])
         write_state(past_key_values, self.layer_idx, 1, last)
-        k = self.key(torch.addcmul(x, previous - x, self.x_k))
-        return self.value(F.relu(k).square())
+        return self.value(relu_squared(self.key(x_k)))
+
+    def train(self, mode: bool = True):
+        if mode:
+            by_rows(self.value)
+        return super().train(mode)
+
+    def _save_to_state_dict(self, *args):
+        by_rows(self.value)
+        super()._save_to_state_dict(*args)
 
 
 class Rwkv7Block(GradientCheckpointingLayer):
@@ -183,7 +172,8 @@ class Rwkv7PreTrainedModel(RwkvPreTrainedModel):
     _sizes_from_tensors = (
         (r"embeddings\.weight$|(^|\.)emb\.weight$", ("vocab_size", "hidden_size")),
         (r"att(n)?\.r_k$", ("num_heads", "head_dim")),
-        (r"(r_proj|receptance)\.weight$", ("attention_hidden_size",)),
+        (r"((attn|ffn|pre)_norm|model\.norm|\.ln[012]|ln_out)\.weight$", ("hidden_size",)),
+        (r"([rkv]_proj|att\.(receptance|key|value))\.weight$", ("attention_hidden_size", "hidden_size")),
         (r"ffn\.key\.weight$", ("intermediate_size",)),
         (r"(w_lora\.lora\.0|att\.w1)\.weight$", ("decay_low_rank_dim",)),
         (r"(a_lora\.lora\.0|att\.a1)\.weight$", ("a_low_rank_dim",)),
@@ -249,6 +239,9 @@ def _init_time_mix(m: Rwkv7TimeMix) -> None:
     init.constant_(m.g_norm.weight, ((1 + m.layer_idx) / m.num_layers) ** 0.7)
 
 
+fused_step = FusedStep(Rwkv7Block, Rwkv7TimeMix, Rwkv7ChannelMix, Rwkv7LowRank)
+
+
 class Rwkv7Model(Rwkv7PreTrainedModel):
     """The blocks between embedding and head. Returns the normalised last hidden state and the cache."""
 
@@ -306,13 +299,16 @@ class Rwkv7Model(Rwkv7PreTrainedModel):
         continues = past_key_values is not None and past_key_values.has_previous_state(0, 0)
         plan = plan_sequences(inputs_embeds, mask, position_ids, continues, cu_seq_lens_q, seq_idx)
 
-        hidden_states, v_first = inputs_embeds, None
-        for layer in self.layers:
-            hidden_states, v_first = layer(hidden_states, v_first, past_key_values=past_key_values, plan=plan)
+        hidden_states = fused_step(self, inputs_embeds, past_key_values, plan)
+        if hidden_states is None:
+            hidden_states, v_first = inputs_embeds, None
+            for layer in self.layers:
+                hidden_states, v_first = layer(hidden_states, v_first, past_key_values=past_key_values, plan=plan)
+            hidden_states = self.norm(hidden_states)
         if past_key_values is not None:
             for layer_cache in past_key_values.layers:
                 layer_cache.advance(inputs_embeds.shape[1])
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 
 class RWKV7ForCausalLM(Rwkv7PreTrainedModel, GenerationMixin):
@@ -355,7 +351,7 @@ class RWKV7ForCausalLM(Rwkv7PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = linear_of_few_rows(self.lm_head, slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -368,6 +364,8 @@ class RWKV7ForSequenceClassification(Rwkv7PreTrainedModel):
     """RWKV-7 with a linear head on the last token that is not padding: classifiers and reward models."""
 
     _keys_to_ignore_on_load_unexpected = [*Rwkv7PreTrainedModel._keys_to_ignore_on_load_unexpected, r"^lm_head\."]
+    # The loss is a mean over texts: the Trainer divides it by the number of accumulated batches.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: Rwkv7Config):
         super().__init__(config)
@@ -390,7 +388,7 @@ class RWKV7ForSequenceClassification(Rwkv7PreTrainedModel):
         B, T, _ = hidden.shape
         if attention_mask is not None:
             real = attention_mask[:, -T:]
-        elif input_ids is not None:
+        elif input_ids is not None and self.config.pad_token_id is not None:
             real = input_ids != self.config.pad_token_id
         else:
             real = torch.ones(B, T, device=hidden.device)

@@ -46,7 +46,8 @@ def shift_mix(x, carried, plan, mixes):
     if before is carried is not None and torch.is_grad_enabled():
         before = before.clone()
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    # The meta device knows no autocast.
+    dtype = torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else x.dtype
     return compiled.shift_mix(x, before, mixes, dtype), last
 
 
@@ -117,7 +118,7 @@ def plain_relu_squared(x):
 
 
 def _is_compiled(x) -> bool:
-    return compiled is not None and x.device.type in ("cpu", "meta") and x.dtype != torch.float64
+    return compiled is not None and x.device.type in ("cpu", "meta")
 
 
 def _does_nothing_else(norm: nn.Module) -> bool:

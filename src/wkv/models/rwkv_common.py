@@ -1,13 +1,24 @@
 """What the RWKV generations share as transformers models: strict loading, saving in our names, caches in training."""
 
 import functools
+import json
 import re
+from collections import Counter
 
 from safetensors import safe_open
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    find_adapter_config_file,
+    is_peft_available,
+    logging,
+)
 from transformers.utils.hub import get_checkpoint_shard_files
+
+logger = logging.get_logger(__name__)
 
 HUB_ARGUMENTS = (
     "cache_dir",
@@ -53,29 +64,39 @@ class RwkvPreTrainedModel(PreTrainedModel):
         # Not for the configuration, which cannot hold a dtype of "auto".
         dtype = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        weights = _base_model_of(pretrained_model_name_or_path, hub)
         if not isinstance(config, PreTrainedConfig):
-            source = pretrained_model_name_or_path if config is None else config
+            source = weights if config is None else config
             rest = {key: value for key, value in kwargs.items() if key not in hub}
             config, rest = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **hub, **rest)
             kwargs = hub | rest
-        if kwargs.get("gguf_file") is None:
-            shapes = checkpoint_shapes(pretrained_model_name_or_path, kwargs.get("state_dict"), hub)
-            config = cls.config_from_shapes(config, shapes)
+        # Packed tensors of a quantised checkpoint have other shapes.
+        if kwargs.get("gguf_file") is None and getattr(config, "quantization_config", None) is None:
+            config = cls.config_from_shapes(config, checkpoint_shapes(weights, kwargs.get("state_dict"), hub))
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **dtype, **kwargs)
 
     @classmethod
     def config_from_shapes(cls, config, shapes: dict[str, tuple[int, ...]]):
         """A copy of `config` with every size that the tensors' shapes tell; `config` itself where they tell nothing."""
-        sizes = {}
+        votes, layers = {}, 0
         for name, shape in shapes.items():
             for pattern, fields in cls._sizes_from_tensors:
                 if re.search(pattern, name):
-                    sizes |= {field: size for field, size in zip(fields, shape, strict=False) if field}
+                    for field, size in zip(fields, shape, strict=False):
+                        votes.setdefault(field, Counter())[size] += 1
             if layer := re.search(r"(?:^|\.)(?:layers|blocks)\.(\d+)\.", name):
-                sizes["num_hidden_layers"] = max(sizes.get("num_hidden_layers", 0), int(layer[1]) + 1)
-        if not sizes:
+                layers = max(layers, int(layer[1]) + 1)
+        # The majority, so that one misshapen tensor does not make all the others wrong.
+        sizes = {field: counts.most_common(1)[0][0] for field, counts in votes.items() if field}
+        if layers:
+            sizes["num_hidden_layers"] = layers
+        told = {field: size for field, size in sizes.items() if getattr(config, field) != size}
+        if not told:
             return config
-        return type(config).from_dict(config.to_dict() | sizes)
+        logger.warning(
+            f"{type(config).__name__}: the checkpoint's tensors say {told}, which replaces the config's sizes"
+        )
+        return type(config).from_dict(config.to_dict() | told)
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
@@ -85,6 +106,10 @@ class RwkvPreTrainedModel(PreTrainedModel):
         for pattern in model._keys_to_ignore_on_load_unexpected or ():
             unknown = {key for key in unknown if not re.search(pattern, key)}
         where = load_config.pretrained_model_name_or_path
+        if loading_info.mismatched_keys and not load_config.ignore_mismatched_sizes:
+            name, found, expected = sorted(loading_info.mismatched_keys)[0]
+            # The type that transformers raises here.
+            raise RuntimeError(f"{where}: tensor {name} has shape {tuple(found)}, expected {tuple(expected)}")
         for problem, keys in (("lacks", missing), ("has unknown", unknown)):
             if keys:
                 names = ", ".join(sorted(keys)[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
@@ -99,6 +124,17 @@ class RwkvPreTrainedModel(PreTrainedModel):
     def _supports_default_dynamic_cache(cls) -> bool:
         # transformers answers False for every class with "rwkv" in its name; our cache layer fits its caches.
         return True
+
+
+def _base_model_of(folder, hub_arguments: dict):
+    """The model that `folder` is an adapter of, by PEFT's adapter_config.json; `folder` itself when it is none."""
+    if folder is None or not is_peft_available():
+        return folder
+    adapter = find_adapter_config_file(folder, **hub_arguments)
+    if adapter is None:
+        return folder
+    with open(adapter, encoding="utf-8") as file:
+        return json.load(file)["base_model_name_or_path"]
 
 
 def checkpoint_shapes(folder, state_dict=None, hub_arguments=None) -> dict[str, tuple[int, ...]]:

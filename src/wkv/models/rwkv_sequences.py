@@ -75,9 +75,14 @@ def _document_starts(inputs_embeds, mask, position_ids, continues, cu_seq_lens_q
     if seq_idx is not None:
         if seq_idx.shape != (B, T):
             raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}, the tokens have {(B, T)}")
-        starts = seq_idx.diff(dim=1, prepend=seq_idx[:, :1]) != 0
+        # Padding may have an index of its own: each real token is compared with the real one before it.
+        real = torch.ones_like(seq_idx, dtype=torch.bool) if mask is None else mask.bool()
+        newest = torch.where(real, torch.arange(T, device=real.device), -1).cummax(1).values
+        before = torch.cat([torch.full_like(newest[:, :1], -1), newest[:, :-1]], 1)
+        starts = real & (before >= 0) & (seq_idx != seq_idx.gather(1, before.clamp(min=0)))
     elif position_ids is not None and position_ids.ndim == 2 and T > 1 and not continues:
         # The first real token of a row begins nothing: padding to its left may be numbered 0 as well.
+        position_ids = position_ids.expand(B, T)
         real = torch.ones_like(position_ids) if mask is None else mask.long()
         starts = (position_ids == 0) & (real == 1) & (real.cumsum(1) > 1)
     else:
@@ -105,17 +110,14 @@ def token_shift(x, carried, plan: SequencePlan):
 def check_inputs(
     config, embeddings, input_ids, inputs_embeds, attention_mask, position_ids, cu_seq_lens_q, past_key_values
 ):
-    """Raise `ValueError` for what would otherwise fail far away or pass unnoticed."""
+    """Raise `ValueError` for what would otherwise fail far away or pass unnoticed; shapes as in the models' forward."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     name, tokens = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
-    shape = "(B, T)" if inputs_embeds is None else f"(B, T, {config.hidden_size})"
-    if (
-        tokens.ndim != len(shape.split(","))
-        or tokens.shape[1] == 0
-        or tokens.shape[2:] not in ((), (config.hidden_size,))
-    ):
-        raise ValueError(f"{name} must be {shape} with at least one token, got shape {tuple(tokens.shape)}")
+    width = () if inputs_embeds is None else (config.hidden_size,)
+    if tokens.ndim < 2 or tokens.shape[1] == 0 or tuple(tokens.shape[2:]) != width:
+        expected = ", ".join(map(str, ("B", "T", *width)))
+        raise ValueError(f"{name} must be ({expected}) with at least one token, got shape {tuple(tokens.shape)}")
     if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids must be integers, got {input_ids.dtype}")
     weights = embeddings.weight.device

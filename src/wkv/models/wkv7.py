@@ -38,6 +38,9 @@ def _in_full_precision(op):
 
     @functools.wraps(op)
     def wrapper(r, *args, **kwargs):
+        # The meta device knows no autocast.
+        if r.is_meta:
+            return op(r, *args, **kwargs)
         with torch.autocast(r.device.type, enabled=False):
             return op(r, *args, **kwargs)
 
@@ -51,8 +54,8 @@ def wkv7(r, log_w, k, v, a, b, state=None, cu_seqlens=None):
     `cu_seqlens` (n + 1,), B is 1, the row holds n sequences one after the other, and state is (n, H, K, V).
     Returns the output (B, T, H, V) in v's dtype and the final state in float32, shaped like `state`.
     """
-    # The compiled operator serves CPUs so far; other devices run the chunked form.
-    if compiled_wkv7 is not None and r.device.type in ("cpu", "meta"):
+    # The compiled operator serves CPUs and float32 or less so far; all else runs the chunked form.
+    if compiled_wkv7 is not None and r.device.type in ("cpu", "meta") and r.dtype != torch.float64:
         return compiled_wkv7(r, log_w, k, v, a, b, state, cu_seqlens)
     if r.shape[1] == 1:
         return naive_recurrent_wkv7(r, log_w, k, v, a, b, state, cu_seqlens)

@@ -1,0 +1,142 @@
+// The fused RWKV-7 step: one parallel region for all layers. A layer is a sequence of phases, a phase is cut into
+// parts, and the threads take the parts of all phases in one order. Nobody waits for a thread that holds no part, so a
+// thread that the system delays, or that never comes, costs little.
+#include "rwkv7_step.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "thread_pool.h"
+
+namespace wkv {
+namespace {
+
+constexpr int64_t kMaxThreads = 64;
+// Weights that are worth another thread for a whole step, and another part within a phase, in bytes.
+constexpr int64_t kThreadWork = 1 << 18, kPartWork = 1 << 15;
+// About ten microseconds. Phases follow each other faster, unless a thread has lost its core.
+constexpr int kSpins = 200;
+
+struct Kernels {
+    void (*begin)(const Rwkv7Step&);
+    void (*prepare)(const Rwkv7Step&, Rwkv7Phase, int64_t, float*);
+    void (*run)(const Rwkv7Step&, Rwkv7Phase, int64_t, int64_t, int64_t, float*);
+    void (*end)(const Rwkv7Step&);
+};
+
+const Kernels& kernels() {
+#define WKV_ROW(isa) {isa::rwkv7_begin, isa::rwkv7_prepare, isa::rwkv7_run, isa::rwkv7_end},
+    static constexpr Kernels table[] = {WKV_FOR_EACH_ISA(WKV_ROW)};
+#undef WKV_ROW
+    return table[isa_index()];
+}
+
+void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Where the parts of a phase begin, and its end. Large parts come first, so that taking them costs little; small ones
+// last, so that the threads finish together.
+std::vector<int64_t> cut(int64_t length, int64_t smallest, int64_t multiple, int64_t n_threads) {
+    std::vector<int64_t> bounds{0};
+    while (bounds.back() < length) {
+        const int64_t rest = length - bounds.back();
+        int64_t part = n_threads == 1 ? rest : std::max(smallest, rest / (2 * n_threads));
+        part = (part + multiple - 1) / multiple * multiple;
+        bounds.push_back(bounds.back() + std::min(rest, part));
+    }
+    return bounds;
+}
+
+class Schedule {
+  public:
+    Schedule(const Rwkv7Step& step, int64_t n_threads) : step_(step) {
+        const wkv_rwkv7_step_args& args = step.args;
+        const int64_t size = args.dtype == WKV_FLOAT32 ? 4 : 2;
+        const auto rows = [&](int64_t row) { return std::max<int64_t>(16, kPartWork / (row * size)); };
+        const auto set = [&](Rwkv7Phase phase, int64_t smallest, int64_t multiple) {
+            bounds_[phase] = cut(step.length(phase), smallest, multiple, n_threads);
+            per_layer_ += n_parts(phase);
+        };
+        set(kProject, rows(args.C), 16);
+        set(kHeads, 1, 1);
+        set(kOutput, rows(step.A), 16);
+        set(kKey, rows(args.C), 16);
+        // Hidden units are read piece by piece: at least a few cache lines each.
+        set(kValue, std::max<int64_t>(64, args.C / (4 * n_threads)), 64);
+        total_ = per_layer_ * args.L;
+    }
+
+    // Takes parts until there are none.
+    void work(float* local) {
+        int64_t layer = 0, phase = 0, first = 0, prepared = -1;
+        for (int64_t part; (part = next_.fetch_add(1, std::memory_order_relaxed)) < total_;) {
+            while (part >= first + n_parts(phase)) {
+                first += n_parts(phase++);
+                if (phase == kRwkv7Phases) phase = 0, ++layer;
+            }
+            wait_for(first);
+            const auto which = static_cast<Rwkv7Phase>(phase);
+            if (prepared != layer * kRwkv7Phases + phase) {
+                kernels().prepare(step_, which, layer, local);
+                prepared = layer * kRwkv7Phases + phase;
+            }
+            const int64_t* bounds = &bounds_[phase][part - first];
+            kernels().run(step_, which, layer, bounds[0], bounds[1], local);
+            const int64_t done = done_.fetch_add(1, std::memory_order_acq_rel) + 1;
+            if (done == first + n_parts(phase)) done_.notify_all();
+        }
+    }
+
+  private:
+    int64_t n_parts(int64_t phase) const { return static_cast<int64_t>(bounds_[phase].size()) - 1; }
+
+    void wait_for(int64_t parts) {
+        for (int i = 0; i < kSpins; ++i) {
+            if (done_.load(std::memory_order_acquire) >= parts) return;
+            pause();
+        }
+        for (uint32_t seen; (seen = done_.load(std::memory_order_acquire)) < parts;)
+            done_.wait(seen, std::memory_order_acquire);
+    }
+
+    const Rwkv7Step& step_;
+    std::vector<int64_t> bounds_[kRwkv7Phases];
+    int64_t per_layer_ = 0, total_ = 0;
+    alignas(64) std::atomic<int64_t> next_{0};
+    alignas(64) std::atomic<uint32_t> done_{0};
+};
+
+int64_t choose_threads(const Rwkv7Step& step) {
+    const wkv_rwkv7_step_args& args = step.args;
+    const int64_t ranks = args.w_rank + args.a_rank + args.v_rank + args.g_rank;
+    const int64_t weights = args.L * (4 * step.A * args.C + (args.C + step.A) * ranks + 2 * args.C * args.F);
+    const int64_t useful = weights * (args.dtype == WKV_FLOAT32 ? 4 : 2) / kThreadWork;
+    return std::max<int64_t>(1, std::min({args.n_threads, useful, kMaxThreads}));
+}
+
+}  // namespace
+}  // namespace wkv
+
+int wkv_rwkv7_step(const wkv_rwkv7_step_args* args) try {
+    using namespace wkv;
+    Rwkv7Step step(*args);
+    const int64_t n_threads = choose_threads(step), shared = padded(step.shared_size()), local = step.local_size();
+    float* memory = scratch(shared + n_threads * local);
+    std::memset(memory, 0, shared * sizeof(float));
+    step.place(memory);
+    Schedule schedule(step, n_threads);
+    kernels().begin(step);
+    parallel_for(n_threads, n_threads, [&](int64_t i) { schedule.work(memory + shared + i * local); });
+    kernels().end(step);
+    return WKV_OK;
+} catch (const std::bad_alloc&) {
+    return WKV_NO_MEMORY;
+}
