@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import logging
 
 import wkv  # noqa: F401  (registers the model types)
 
@@ -147,6 +148,15 @@ def model(model_type, _busy_models):
 def own_model(model):
     """A copy of `model` that the test may change."""
     return copy.deepcopy(model)
+
+
+@pytest.fixture(autouse=True)
+def usual_messages():
+    """Commands run in this process quieten transformers; the next test hears it again."""
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
 
 
 @pytest.fixture(autouse=True)
