@@ -337,13 +337,15 @@ def test_training_after_a_step_in_inference_mode(plain_model):
 
 
 def test_parameters_stay_the_same_objects(plain_model):
-    before, addresses = dict(plain_model.named_parameters()), {p.data_ptr() for p in plain_model.parameters()}
+    before = dict(plain_model.named_parameters())
+    addresses = {name: p.data_ptr() for name, p in before.items()}
     values = {name: p.detach().clone() for name, p in before.items()}
     decode(plain_model, IDS)
     for name, p in plain_model.named_parameters():
         assert p is before[name] and torch.equal(p, values[name])
-        # Nothing is copied but the matrices whose order changes.
-        assert p.is_contiguous() == (p.data_ptr() in addresses) == ("ffn.value" not in name)
+        # Nothing is copied but the matrices whose order changes; these may take over the memory of one another.
+        assert p.is_contiguous() == ("ffn.value" not in name)
+        assert p.data_ptr() == addresses[name] or "ffn.value" in name
 
 
 def test_saved_as_before(plain_model, tmp_path):
