@@ -31,9 +31,10 @@ def build(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("driver", ["driver", "step_driver"])
 @pytest.mark.parametrize("isa", available_isas())
-def test_sanitizers(build, isa):
-    output = run(build / "wkv_driver", WKV_ISA=isa, ASAN_OPTIONS=ASAN_OPTIONS, UBSAN_OPTIONS="print_stacktrace=1")
+def test_sanitizers(build, isa, driver):
+    output = run(build / driver, WKV_ISA=isa, ASAN_OPTIONS=ASAN_OPTIONS, UBSAN_OPTIONS="print_stacktrace=1")
     assert output.split()[0] == isa
 
 
