@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-# Settings of the official demos: free continuation, and chat with a World or G1 model.
-CONTINUATION = {"temperature": 1.0, "top_p": 0.85, "presence": 0.2, "frequency": 0.2}
+# Settings of the official demos for chat with a World or G1 model.
 CHAT = {"temperature": 1.0, "top_p": 0.3, "presence": 0.5, "frequency": 0.5}
 PENALTY_DECAY = 0.996
 # Repetitions of a token whose text is a part of this are not counted.

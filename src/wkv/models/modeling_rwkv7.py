@@ -4,8 +4,9 @@ Glossary, as in the paper: B batch, T time, C residual width, H heads of K chann
 `w` decay, `k` key, `v` value, `a` in-context learning rate, `g` gate; `x_r` ... `x_g` token-shift mixes, `k_k` and
 `k_a` key modifiers, `r_k` bonus, `v_first` the values of layer 0, S the WKV state (B, H, K, K) in float32.
 
-Source: "RWKV-7 Goose with Expressive Dynamic State Evolution" (2025) and the official inference code, whose Python path
-half-precision results follow: activations in the model's dtype, decay, state and accumulators in float32.
+Source: "RWKV-7 Goose with Expressive Dynamic State Evolution" (2025) and the official inference code. In half precision
+the projections run in the model's dtype, as its Python path does; decay, state, and what the operator reads from the
+state are float32, as in its CUDA kernels. rwkv7_step.py, which decodes on CPUs, keeps all activations in float32.
 """
 
 import torch
@@ -132,6 +133,7 @@ class Rwkv7ChannelMix(nn.Module):
         write_state(past_key_values, self.layer_idx, 1, last)
         return self.value(relu_squared(self.key(x_k)))
 
+    # The decoding step changes the memory order of `value`, never its values; training and saving get it back by rows.
     def train(self, mode: bool = True):
         if mode:
             by_rows(self.value)
