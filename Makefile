@@ -1,6 +1,7 @@
 # Each target sets up what it needs in .venv, from constraints.txt; Python 3.11, a C++20 compiler and CMake must be there.
 #   make demo       the shipped model writes English
 #   make test       every test but the slow ones        make test-slow   the slow ones
+#   make test-arm   the kernels, built for Arm and emulated; fetches a compiler from Debian into ~/.cache/wkv-arm
 #   make lint       formatting and lint, as CI checks it make format      put it right
 #   make bench      tables of ratios; make bench ARGS=--quick takes two minutes
 
@@ -13,7 +14,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 CXX_SOURCES := $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.hpp')
 BUILD_FILES := pyproject.toml constraints.txt kernels/CMakeLists.txt $(CXX_SOURCES)
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow test-arm lint format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runtime
@@ -25,6 +26,10 @@ test: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-arm: $(VENV)/.test
+	@sh kernels/tests/get_arm_compiler.sh "$${XDG_CACHE_HOME:-$$HOME/.cache}/wkv-arm"
+	@$(BIN)/python -m pytest tests/test_kernel_build.py -k test_arm -rs $(ARGS)
 
 lint: $(VENV)/.lint
 	@$(BIN)/ruff format --check .

@@ -2,33 +2,33 @@
 
 Every contender lives in a process of its own and they take turns, A B C A B C, so that a change of the machine's speed
 meets all of them. A ratio is ours over theirs within one turn; the tables give the median and, in brackets, the
-smallest and largest. The tables go to standard output as markdown, progress to standard error, random weights of the
-measured shape to a cache folder; nothing else is written.
+smallest and largest. The tables go to standard output as markdown, progress to standard error; random weights, a build
+of llama.cpp and the chart to a cache folder; nothing else is written.
 
-    python kernels/bench.py            # about ten minutes
-    python kernels/bench.py --quick    # about two
-
-Letters: T tokens, B batch, H heads, K head size.
+    python kernels/bench.py                   # about eleven minutes, and six more the first time
+    python kernels/bench.py --quick           # a minute and a half, fewer turns and rows
+    python kernels/bench.py --only context    # one part
 """
 
 import argparse
 import multiprocessing
 import os
-import random
-import statistics
 import sys
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-import bench_contenders
+import bench_llama_cpp
+import bench_parts as parts
 import bench_tables as tables
-import psutil
-from bench_process import Contender
+import bench_weights
+from bench_process import Absent, Contender
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wkv-bench"
+LLAMA_CPP = "llama.cpp"
 # name: the distribution to install, the class that runs it
 MODELS = {
     "wkv": ("wkv", "bench_contenders.Wkv"),
@@ -36,24 +36,31 @@ MODELS = {
     "rwkv7-hf": ("rwkv7-hf", "bench_contenders.Rwkv7Hf"),
     "Llama": ("transformers", "bench_contenders.Llama"),
 }
-FORMS = {
-    "compiled": "compiled (`wkv_kernels`)",
-    "chunked": "chunked, plain PyTorch (`chunk_wkv7`)",
-    "naive chunks": "naive chunks, plain PyTorch",
-    "loop": "loop over tokens (`naive_recurrent_wkv7`)",
+# In this order: an interrupted run leaves the comparisons with the other programs.
+PARTS = {
+    "operator": parts.operator,
+    "inference": parts.inference,
+    "large": parts.large,
+    "context": parts.context,
+    "training": parts.training,
 }
-DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
-# Free memory without which rwkv7-hf is not asked for a training step of 512 tokens.
-RWKV7_HF_TRAINING_MEMORY = 20e9
+LEGEND = """\
+A number is the median of the turns; after a colon, how many times faster `wkv` is, median and range of the turns. A
+percentage is the share of what the machine allowed in the same turns: for decoding, the time to read every weight that
+a token needs; for prefill, that of the products between embedding and head at the rate of a large square one. Weights
+are random, made so that 86 % of the activations relu(x)^2 of the feed-forward (FFN) are zero, as in trained models;
+rows with none set `wkv` to that, the others do the same work in both. Beside bf16, llama.cpp prefills in the faster of
+its BF16 and F16. A training step is forward, loss and backward, without the optimizer.
+"""
 
 
 class Bench:
-    """The plan of a run: which contenders meet, how often, at what lengths. Each part returns markdown."""
+    """What the parts of a run share: shapes, lengths, processes, turns, and where text goes."""
 
-    def __init__(self, shape: bench_contenders.Shape, quick: bool, threads: int, progress: Progress):
-        self.shape, self.quick, self.threads, self.progress = shape, quick, threads, progress
-        self.task = progress.add_task("weights", total=None)
-        self.ids = random.Random(0).choices(range(1, shape.vocabulary), k=512)
+    def __init__(self, plan: parts.Plan, threads: int, chart: Path, progress: Progress):
+        self.plan, self.threads, self.chart, self.progress = plan, threads, chart, progress
+        self.task = progress.add_task("loading", total=None)
+        self.machine = Contender("torch", "bench_contenders.Machine")
 
     def say(self, text: str) -> None:
         """Progress."""
@@ -61,139 +68,114 @@ class Bench:
         if not self.progress.console.is_terminal:
             print(text, file=sys.stderr, flush=True)
 
+    def note(self, text: str) -> None:
+        """Something to check, to standard error, which stays on the screen."""
+        self.progress.console.print(text, highlight=False) if self.progress.console.is_terminal else self.say(text)
+
     def show(self, text: str) -> None:
-        """A finished part to standard output, so that an interrupted run leaves what it measured."""
+        """A finished row or table to standard output, so that an interrupted run leaves what it measured."""
         self.progress.stop()
         print(text, flush=True)
         self.progress.start()
 
-    def take_turns(self, label: str, rounds: int, calls: dict) -> dict[str, list[float]]:
-        """Seconds by name and turn, after a warm-up; `calls` holds name -> (contender, method, arguments)."""
+    def take_turns(self, label: str, rounds: int, calls: dict, warm: bool = True) -> dict[str, list]:
+        """Results by name and turn, after a warm-up; `calls` holds name -> (contender, method, arguments)."""
         samples = {name: [] for name in calls}
-        for turn in range(-1, rounds):
+        self.say(f"{label}: loading")
+        for contender, *_ in calls.values():
+            contender.wait()
+        for turn in range(-1 if warm else 0, rounds):
             for name, (contender, *call) in calls.items():
                 self.say(f"{label}: {name}, {'warm-up' if turn < 0 else f'turn {turn + 1} of {rounds}'}")
-                seconds = contender.call(*call)
-                if seconds is not None and turn >= 0:
-                    samples[name].append(seconds)
+                result = contender.call(*call)
+                if result is not None and turn >= 0:
+                    samples[name].append(result)
         return samples
 
-    def start(self, names: list[str], dtype: str) -> dict[str, Contender]:
-        """The processes of some models."""
-        official, folder = bench_contenders.checkpoint_paths(self.shape, CACHE)
-        return {name: Contender(*MODELS[name], self.threads, self.shape, official, folder, dtype) for name in names}
+    def start(self, names: Iterable[str], shape: bench_weights.Shape, dtype: str) -> dict[str, Contender | Absent]:
+        """The processes of some models, on the weights of a shape, which are written unless they are there."""
+        files = bench_weights.checkpoint_paths(shape, CACHE)
+        if not bench_weights.is_written(shape, CACHE):
+            self.say(f"writing the weights of {shape.name} to {CACHE} (once)")
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                pool.apply(bench_weights.write_checkpoint, (shape, CACHE))
+        return {
+            name: self._llama_cpp(shape, files[1], dtype)
+            if name == LLAMA_CPP
+            else Contender(*MODELS[name], shape, *files, dtype)
+            for name in names
+        }
 
-    def machine(self) -> str:
-        """Bandwidth and matrix rate in the same run, to read the rest against."""
-        machine = Contender("torch", "bench_contenders.Machine", self.threads)
-        calls = {"memory": (machine, "read"), **{dtype: (machine, "product", dtype) for dtype in DTYPES}}
-        seconds = {name: min(turns) for name, turns in self.take_turns("machine", 4, calls).items()}
-        machine.close()
-        rates = [f"{2 * 4096**3 / seconds[dtype] / 1e9:.0f} ({short})" for dtype, short in DTYPES.items()]
-        return (
-            f"{tables.processor()}, {self.threads} threads, torch {metadata.version('torch')}: reads "
-            f"{2**30 / seconds['memory'] / 1e9:.0f} GB/s, multiplies matrices at {' and '.join(rates)} GFLOP/s.\n"
+    def _llama_cpp(self, shape: bench_weights.Shape, folder: Path, dtype: str) -> Contender | Absent:
+        """The process of llama.cpp on the same weights, converted."""
+        try:
+            bench_llama_cpp.build(CACHE, self.say)
+            bench_llama_cpp.convert(CACHE, folder, dtype, shape.vocabulary, self.say)
+        except bench_llama_cpp.MissingError as error:
+            return Absent(str(error))
+        gguf = bench_llama_cpp.gguf_path(folder, dtype)
+        return Contender(
+            "numpy", "bench_llama_cpp.LlamaCpp", CACHE, gguf, shape.vocabulary, self.threads, method="spawn"
         )
 
-    def operator(self) -> str:
-        """Forward and backward of the operator alone, all forms in one process."""
-        T, H = (64, 2) if self.shape.name == "tiny" else (512, 12)
-        operator = Contender("wkv", "bench_operator.Wkv7", self.threads, T, H, 64)
-        samples = self.take_turns("operator", 3 if self.quick else 7, {f: (operator, "step", f) for f in FORMS})
-        errors = {form: operator.call("error", form) for form in FORMS}
-        operator.close()
-        title = f"`wkv7`, forward + backward, B=1 T={T} H={H} K=64, fp32"
-        lines = [tables.heading(title, "ms", "compiled is faster by", "output differs from the loop by")]
-        for form, name in FORMS.items():
-            if operator.problem:
-                lines.append(tables.line(name, operator.problem, "", ""))
-                continue
-            milliseconds = tables.number(1e3 * statistics.median(samples[form]))
-            ratio = "" if form == "compiled" else tables.ratio(samples[form], samples["compiled"])
-            lines.append(tables.line(name, milliseconds, ratio, "" if form == "loop" else f"{errors[form]:.0e}"))
-        return "\n".join(lines) + "\n"
 
-    def model_heading(self) -> str:
-        versions = [tables.version(name) for name in ("wkv", "rwkv", "rwkv7-hf", "transformers")]
-        title = f"tokens per second, RWKV-7 {self.shape.name}, random weights"
-        return tables.heading(title, *versions[:3], f"Llama in {versions[3]}")
-
-    def inference(self, dtype: str) -> str:
-        """Prefill of 512 tokens, then decoding one by one, all models alive at once."""
-        group = self.start(list(MODELS), dtype)
-        rounds, few, many = (3, 4, 16) if self.quick else (5, 8, 32)
-        counts = {name: few if name == "rwkv7-hf" else many for name in group}
-        prefill = self.take_turns(f"prefill {dtype}", rounds, {n: (c, "prefill", self.ids) for n, c in group.items()})
-        decode = self.take_turns(f"decode {dtype}", rounds, {n: (c, "decode", counts[n]) for n, c in group.items()})
-        decode = {name: [seconds / counts[name] for seconds in turns] for name, turns in decode.items()}
-        logits = {name: c.call("logits", self.ids[:32]) for name, c in group.items() if name != "Llama"}
-        for name, theirs in logits.items():
-            if theirs and logits["wkv"] and name != "wkv":
-                worst = max(abs(x - y) for x, y in zip(theirs, logits["wkv"], strict=True))
-                self.say(f"logits {dtype}: wkv and {name} differ by {worst:.1e} at most")
-        for contender in group.values():
-            contender.close()
-        return "\n".join(
-            self.row(f"{title}, {DTYPES[dtype]}", group, samples, tokens)
-            for title, samples, tokens in (("prefill, 512 tokens", prefill, 512), ("decode, batch 1", decode, 1))
-        )
-
-    def training(self, dtype: str) -> str:
-        """Forward, loss and backward over 512 tokens; two pairings, for rwkv7-hf needs most of the memory."""
-        speeds, memory = {"rwkv": "-"}, {"rwkv": "-"}
-        for other, rounds in (("Llama", 2 if self.quick else 4), ("rwkv7-hf", 2)):
-            if other == "rwkv7-hf" and self.quick:
-                speeds[other] = memory[other] = "not in a quick run"
-            elif other == "rwkv7-hf" and psutil.virtual_memory().available < RWKV7_HF_TRAINING_MEMORY:
-                speeds[other] = memory[other] = f"needs {RWKV7_HF_TRAINING_MEMORY / 1e9:.0f} GB of free memory"
-            else:
-                pair = self.start(["wkv", other], dtype)
-                calls = {name: (contender, "train", self.ids) for name, contender in pair.items()}
-                turns = self.take_turns(f"training step {dtype}", rounds, calls)
-                for name, contender in pair.items():
-                    contender.close()
-                    speeds.setdefault(name, self.cell(name, contender, turns, 512))
-                    memory.setdefault(name, f"{contender.peak / 1e9:.1f} GB" if turns[name] else "")
-        return "\n".join(
-            tables.line(f"{title}, {DTYPES[dtype]}", *(cells[name] for name in MODELS))
-            for title, cells in (("training step, T = 512", speeds), ("peak memory of that", memory))
-        )
-
-    def row(self, title: str, group: dict[str, Contender], samples: dict, tokens: int) -> str:
-        return tables.line(title, *(self.cell(name, group[name], samples, tokens) for name in MODELS))
-
-    def cell(self, name: str, contender: Contender, samples: dict, tokens: int) -> str:
-        """Tokens per second and, beside ours, the ratio; or why there is none."""
-        if not samples[name]:
-            return contender.problem
-        return tables.speed(tokens, samples[name], samples["wkv"] if name != "wkv" else None)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer turns, no training of rwkv7-hf: about two minutes")
-    parser.add_argument("--shape", choices=bench_contenders.SHAPES, default="191m", help="tiny is to try the bench out")
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    shape, start = bench_contenders.SHAPES[arguments.shape], time.perf_counter()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bench = Bench(shape, arguments.quick, arguments.threads, progress)
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            pool.apply(bench_contenders.write_checkpoint, (shape, CACHE))
-        bench.show(bench.machine())
-        bench.show(bench.operator())
-        bench.show(bench.model_heading())
-        for dtype in DTYPES:
-            bench.show(bench.inference(dtype))
-        for dtype in list(DTYPES)[: 1 if arguments.quick else None]:
-            bench.show(bench.training(dtype))
-    print(
-        "\nAfter the colon: how many times faster `wkv` is, median and range of the turns. A training step here is "
-        f"forward, loss and backward, without the optimizer. This run took {time.perf_counter() - start:.0f} s."
+def machine_line(bench: Bench) -> str:
+    """Bandwidth and matrix rate before all parts."""
+    machine = bench.machine
+    calls = {str(threads): (machine, "read", threads) for threads in sorted({1, bench.threads})}
+    calls |= {dtype: (machine, "product", dtype) for dtype in tables.DTYPES}
+    best = {name: min(turns) for name, turns in bench.take_turns("machine", 4, calls).items()}
+    reads = [f"{2**30 / best[str(n)] / 1e9:.0f} GB/s with {n}" for n in sorted({1, bench.threads})]
+    rates = [f"{2 * 4096**3 / best[dtype] / 1e9:.0f} ({short})" for dtype, short in tables.DTYPES.items()]
+    return (
+        f"{tables.processor()}, {bench.threads} threads, torch {metadata.version('torch')}: reads "
+        f"{', '.join(reads)}, multiplies matrices at {' and '.join(rates)} GFLOP/s.\n"
     )
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """One line, exit code 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def arguments() -> argparse.Namespace:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer turns and rows: a minute and a half")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--shape", choices=parts.PLANS, default="191m", help="tiny is to try the bench out")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--chart", type=Path, default=CACHE / "decode_context.png", help="PNG that `context` draws")
+    given = parser.parse_args()
+    if given.threads < 1:
+        parser.error(f"argument --threads: must be at least 1, got {given.threads}")
+    if given.chart.suffix != ".png":
+        parser.error(f"argument --chart: must end in .png, got {given.chart}")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    if not given.chart.parent.is_dir():
+        parser.error(f"argument --chart: no such folder: {given.chart.parent}")
+    return given
+
+
+def main() -> None:
+    given, start = arguments(), time.perf_counter()
+    # Read by the processes of the contenders.
+    os.environ.update(OMP_NUM_THREADS=str(given.threads), TRANSFORMERS_VERBOSITY="error", TQDM_DISABLE="1")
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bench = Bench(parts.PLANS[given.shape][given.quick], given.threads, given.chart, progress)
+        bench.show(machine_line(bench))
+        bench.show(LEGEND)
+        for name in given.only or bench.plan.parts:
+            began = time.perf_counter()
+            PARTS[name](bench)
+            bench.note(f"part {name}: {time.perf_counter() - began:.0f} s")
+    print(f"\nThis run took {time.perf_counter() - start:.0f} s.")
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

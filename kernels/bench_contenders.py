@@ -1,63 +1,22 @@
-"""The programs that `bench.py` measures, each in a process of its own: a constructor loads, methods do the work.
+"""The PyTorch programs that `bench.py` measures, each in a process of its own: constructors load, methods do the work.
 
-Letters: D residual width, L blocks, V vocabulary rows, F feed-forward width, T tokens, B batch, H heads, K head size.
-Most methods of a contender return seconds.
+Letters: T tokens, B batch, H heads, K head size. Most methods return seconds. The number of threads is that of
+OMP_NUM_THREADS.
 """
 
-import dataclasses
+import copy
 import os
-import shutil
-import sys
+import statistics
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import psutil
+import torch
+from bench_weights import ZEROS, Shape
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Sizes of the model that is measured: D, L, V and F, and F of the Llama with as many parameters."""
-
-    name: str
-    width: int
-    layers: int
-    vocabulary: int
-    feed_forward: int
-    llama_feed_forward: int
-
-
-SHAPES = {
-    "191m": Shape("191m", 768, 12, 65536, 3072, 2240),
-    "tiny": Shape("tiny", 128, 2, 1024, 512, 448),
-}
-
-
-def checkpoint_paths(shape: Shape, cache: Path) -> tuple[Path, Path]:
-    """Where the random weights of a shape lie: an official `.pth`, and a folder converted from it."""
-    return cache / f"rwkv7-{shape.name}.pth", cache / f"rwkv7-{shape.name}"
-
-
-def write_checkpoint(shape: Shape, cache: Path) -> None:
-    """Write the random weights of a shape, unless they are there."""
-    official, folder = checkpoint_paths(shape, cache)
-    cache.mkdir(parents=True, exist_ok=True)
-    if not official.exists():
-        import torch
-
-        sys.path.insert(0, str(ROOT / "tests"))
-        from oracle.official import random_official_rwkv7
-
-        weights = random_official_rwkv7(
-            L=shape.layers, C=shape.width, N=64, V=shape.vocabulary, F=shape.feed_forward, ranks=(64, 64, 32, 128)
-        )
-        partial = official.with_suffix(".partial")
-        torch.save(weights, partial)
-        partial.rename(official)
-        shutil.rmtree(folder, ignore_errors=True)
-    if not folder.exists():
-        from wkv.checkpoints import convert
-
-        convert(official, folder, tokenizer=False)
+# Tokens of a slice when a context is read.
+SLICE = 1024
 
 
 class HuggingFace:
@@ -67,34 +26,45 @@ class HuggingFace:
         self.model = model.eval()
         self.cache = self.next = None
 
-    def prefill(self, ids: list[int]) -> float:
-        """Run a prompt of T tokens; logits of its last position only."""
-        import torch
-
-        tokens = torch.tensor([ids])
+    def prefill(self, ids: list[int], rows: int = 1) -> float:
+        """Run a prompt of T tokens in every row of a batch; logits of its last position only."""
+        tokens = torch.tensor([ids] * rows)  # (B, T)
         self.model.eval()
         with torch.inference_mode():
             start = time.perf_counter()
             output = self.model(tokens, use_cache=True, logits_to_keep=1)
             seconds = time.perf_counter() - start
-        self.cache, self.next = output.past_key_values, output.logits[0, -1]
+        self.cache, self.next = output.past_key_values, output.logits[:, -1]
         return seconds
 
     def decode(self, count: int) -> float:
-        """Continue greedily by `count` tokens from where the last call stopped."""
-        import torch
-
+        """Continue greedily by `count` tokens a row from where the last call stopped."""
         with torch.inference_mode():
             start = time.perf_counter()
             for _ in range(count):
-                output = self.model(self.next.argmax().view(1, 1), past_key_values=self.cache, use_cache=True)
-                self.cache, self.next = output.past_key_values, output.logits[0, -1]
+                output = self.model(self.next.argmax(-1, keepdim=True), past_key_values=self.cache, use_cache=True)
+                self.cache, self.next = output.past_key_values, output.logits[:, -1]
             return time.perf_counter() - start
+
+    def decode_rows(self, rows: int, count: int) -> float:
+        """Continue a short prompt by `count` tokens in each of `rows` rows."""
+        self.prefill(list(range(1, 9)), rows)
+        self.decode(1)
+        return self.decode(count)
+
+    def decode_after(self, context: int, count: int) -> tuple[float, int, int]:
+        """Continue by `count` tokens after `context` others: seconds, and bytes of the cache and resident in all."""
+        with torch.inference_mode():
+            self.cache, self.next = self.cache_after(context), torch.zeros(1, 1)
+            self.decode(1)
+            seconds = self.decode(count)
+            size = sum(t.nbytes for layer in self.cache.layers for t in self.tensors(layer))
+            resident = psutil.Process().memory_info().rss
+        self.cache = None
+        return seconds, size, resident
 
     def train(self, ids: list[int]) -> float:
         """One forward pass with loss and one backward pass over T tokens, without an optimizer."""
-        import torch
-
         tokens = torch.tensor([ids])
         self.model.train()
         start = time.perf_counter()
@@ -106,18 +76,63 @@ class HuggingFace:
     def logits(self, ids: list[int]) -> list[float]:
         """The first logits after a prompt, to see that the contenders run the same weights."""
         self.prefill(ids)
-        return self.next[:512].float().tolist()
+        return self.next[0, :512].float().tolist()
 
 
 class Wkv(HuggingFace):
     """This package."""
 
     def __init__(self, shape: Shape, official: Path, folder: Path, dtype: str):
-        from transformers import AutoModelForCausalLM
-
         import wkv  # noqa: F401
 
         super().__init__(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+        self.caches = {}
+
+    def decode_with(self, zeros: float, method: str, *arguments):
+        """Another method while about a share `zeros` of the feed-forward activations is zero, not that of the weights.
+
+        The bias of the norm before the feed-forward moves them, see `bench_weights.random_weights`.
+        """
+        normal = statistics.NormalDist()
+        self._set_bias(normal.inv_cdf(zeros) / normal.inv_cdf(ZEROS))
+        result = getattr(self, method)(*arguments)
+        self._set_bias(1.0)
+        return result
+
+    def zeros(self, ids: list[int]) -> float:
+        """The share of the feed-forward activations of a prompt that is zero."""
+        shares = []
+        hooks = [
+            layer.ffn.value.register_forward_pre_hook(lambda _, x: shares.append((x[0] == 0).float().mean().item()))
+            for layer in self.model.model.layers
+        ]
+        self.prefill(ids)
+        for hook in hooks:
+            hook.remove()
+        return statistics.mean(shares)
+
+    def cache_after(self, context: int) -> DynamicCache:
+        """The state after `context` tokens, read in slices on top of the longest context so far."""
+        if context not in self.caches:
+            length = max(self.caches, default=0)
+            cache = copy.deepcopy(self.caches[length]) if self.caches else DynamicCache(config=self.model.config)
+            for start in range(length, context, SLICE):
+                tokens = torch.arange(start, min(start + SLICE, context)) % (self.model.config.vocab_size - 1) + 1
+                cache = self.model(
+                    tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=1
+                ).past_key_values
+            self.caches[context] = cache
+        return copy.deepcopy(self.caches[context])
+
+    @staticmethod
+    def tensors(layer) -> list[torch.Tensor]:
+        states = (*layer.conv_states.values(), *layer.recurrent_states.values())
+        return [state for state in states if state is not None]
+
+    @torch.no_grad()
+    def _set_bias(self, value: float) -> None:
+        for layer in self.model.model.layers:
+            layer.ffn_norm.bias.fill_(value)
 
 
 class Rwkv7Hf(HuggingFace):
@@ -133,19 +148,31 @@ class Llama(HuggingFace):
     """A Llama of transformers with as many parameters, random weights."""
 
     def __init__(self, shape: Shape, official: Path, folder: Path, dtype: str):
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
-
         config = LlamaConfig(
             vocab_size=shape.vocabulary,
             hidden_size=shape.width,
             num_hidden_layers=shape.layers,
             num_attention_heads=shape.width // 64,
             intermediate_size=shape.llama_feed_forward,
-            max_position_embeddings=4096,
+            max_position_embeddings=2**17,
             tie_word_embeddings=False,
         )
         super().__init__(LlamaForCausalLM(config).to(getattr(torch, dtype)))
+
+    def cache_after(self, context: int) -> DynamicCache:
+        """A cache of random keys and values for `context` tokens; to compute them would take many minutes."""
+        config = self.model.config
+        cache = DynamicCache(config=config)
+        if context:
+            block = torch.randn(1, config.num_key_value_heads, SLICE, config.head_dim, dtype=self.model.dtype)
+            for layer in range(config.num_hidden_layers):
+                keys = block.repeat(1, 1, -(-context // SLICE), 1)[:, :, :context]  # (B, H, T, K)
+                cache.update(keys, keys, layer)
+        return cache
+
+    @staticmethod
+    def tensors(layer) -> list[torch.Tensor]:
+        return [layer.keys, layer.values]
 
 
 class Rwkv:
@@ -170,22 +197,26 @@ class Rwkv:
             self.next, self.state = self.model.forward([int(self.next.argmax())], self.state)
         return time.perf_counter() - start
 
-    logits = HuggingFace.logits
+    def logits(self, ids: list[int]) -> list[float]:
+        self.prefill(ids)
+        return self.next[:512].float().tolist()
 
 
 class Machine:
     """What this machine gives: seconds to read one GiB, and seconds for a square product of side 4096."""
 
     def __init__(self):
-        import torch
-
         self.memory = torch.ones(2**28)
         self.square = {name: torch.randn(4096, 4096).to(getattr(torch, name)) for name in ("float32", "bfloat16")}
 
-    def read(self) -> float:
+    def read(self, threads: int) -> float:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
         start = time.perf_counter()
-        self.memory.sum()
-        return time.perf_counter() - start
+        torch.dot(self.memory, self.memory)
+        seconds = time.perf_counter() - start
+        torch.set_num_threads(before)
+        return seconds
 
     def product(self, dtype: str) -> float:
         matrix = self.square[dtype]

@@ -8,23 +8,35 @@ import os
 import resource
 import traceback
 
+# Most contenders are forked from a process that has imported these, which saves three seconds each.
+multiprocessing.set_forkserver_preload(
+    ["torch", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"]
+)
+
 
 class Contender:
     """The bench's end. `problem` says why a contender cannot be measured, `peak` is its largest memory in bytes."""
 
-    def __init__(self, distribution: str, path: str, threads: int, *arguments):
-        """Start the class `path` (module.class) of an installed distribution; it loads while others are started."""
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, distribution: str, path: str, *arguments, method: str = "forkserver"):
+        """Start the class `path` (module.class) of an installed distribution; it loads while others are started.
+
+        The `method` is that of multiprocessing; "spawn" starts without PyTorch.
+        """
+        context = multiprocessing.get_context(method)
         self.pipe, theirs = context.Pipe()
         self.peak, self.problem, self.started = 0, None, False
-        self.process = context.Process(target=serve, args=(theirs, distribution, path, threads, arguments), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, distribution, path, arguments), daemon=True)
         self.process.start()
         theirs.close()
 
-    def call(self, method: str, *arguments):
-        """The result of a method, or None once there is a problem."""
+    def wait(self) -> None:
+        """Until it is loaded."""
         if not self.started:
             self.started, self.problem = True, self._receive()
+
+    def call(self, method: str, *arguments):
+        """The result of a method, or None once there is a problem."""
+        self.wait()
         if self.problem:
             return None
         self.pipe.send((method, *arguments))
@@ -51,7 +63,25 @@ class Contender:
             return f"failed: exit code {self.process.exitcode}"
 
 
-def serve(pipe, distribution: str, path: str, threads: int, arguments: tuple) -> None:
+class Absent:
+    """A contender that could not be started, with the interface of one."""
+
+    peak = 0
+
+    def __init__(self, problem: str):
+        self.problem = problem
+
+    def wait(self) -> None:
+        """For nothing."""
+
+    def call(self, method: str, *arguments) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def serve(pipe, distribution: str, path: str, arguments: tuple) -> None:
     """Load the contender `path`, then answer calls `(method, arguments)` with `(result, peak memory)` until None comes.
 
     `path` is module.class; memory is in bytes. A contender whose distribution is not installed, or that fails, answers
@@ -63,12 +93,6 @@ def serve(pipe, distribution: str, path: str, threads: int, arguments: tuple) ->
         pipe.send(f"not installed: pip install {distribution}")
         return
     try:
-        import torch
-        from transformers.utils import logging
-
-        torch.set_num_threads(threads)
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
         module, name = path.split(".")
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             contender = getattr(importlib.import_module(module), name)(*arguments)

@@ -24,7 +24,7 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArg
 
 from wkv.models.modeling_rwkv7 import Rwkv7Config, RWKV7ForCausalLM
 from wkv.models.tokenization_rwkv import RwkvTokenizer, read_world_vocabulary
-from wkv.training import l2wrap_loss, optimizers
+from wkv.training import keep_freed_memory, l2wrap_loss, optimizers
 from wkv.vocabulary import build_tokenizer, select_pieces, world_vocabulary_file
 
 
@@ -123,6 +123,7 @@ def make_tokenizer(folder: Path, texts: list[str], size: int) -> RwkvTokenizer:
 def main() -> None:
     parser = HfArgumentParser(PretrainArguments)
     (args,) = parser.parse_args_into_dataclasses()
+    keep_freed_memory()
     set_seed(args.seed)
     output = Path(args.output_dir)
     try:

@@ -5,12 +5,25 @@ import copy
 
 import pytest
 import torch
+from conftest import random_ids
 from transformers.cache_utils import DynamicCache
 
 from wkv.models import modeling_rwkv7 as modeling
 from wkv.models import rwkv7_fused, wkv7
 
 kernel = pytest.importorskip("wkv_kernels.rwkv7_step")
+
+IDS = random_ids(2, 4)
+
+
+def block(model):
+    return model.model.layers[1]
+
+
+def call(model, ids=IDS, **options):
+    """Logits of the first token of `ids`."""
+    cache = DynamicCache(config=model.config)
+    return model(ids[:, :1], past_key_values=cache, **options).logits
 
 
 @pytest.fixture

@@ -68,11 +68,12 @@ def test_threads_do_not_change_a_bit(dtype):
     assert torch.equal(few_rows_linear(x, weight), alone)
 
 
-def test_strides_and_odd_addresses():
-    memory, x = draw(1 + 50 * 21), draw(4, 2, 21)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_strides_and_odd_addresses(dtype):
+    memory, x = draw(1 + 50 * 21, dtype=dtype), draw(1 + 4 * 2 * 21, dtype=dtype)[1:].view(4, 2, 21)
     weight = memory[1:].view(50, 21)
     assert_is_product(few_rows_linear(x[:, 1], weight), x[:, 1], weight)
-    transposed = draw(21, 4).T
+    transposed = draw(21, 4, dtype=dtype).T
     assert_is_product(few_rows_linear(transposed, weight), transposed, weight)
 
 

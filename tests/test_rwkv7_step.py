@@ -9,14 +9,11 @@ import random
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from conftest import assert_close, busy_model, random_ids, states
 from rwkv7_step_cases import decode, decode_exactly, module_by_module, steps  # noqa: F401
-from torch import nn
 
 library = pytest.importorskip("wkv_kernels.library")
 
@@ -75,15 +72,21 @@ def test_every_instruction_set(isa):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("B", [1, 5])
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_threads_do_not_change_a_bit(dtype, B):
-    model = busy_model("rwkv7", hidden_size=256, head_dim=64, intermediate_size=900, num_hidden_layers=2).to(dtype)
-    results = []
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_threads_do_not_change_a_bit(seed, dtype, steps):  # noqa: F811
+    """Models large enough for several threads, of sizes that no part of the work divides."""
+    draw, results = random.Random(seed), []
+    sizes = {"hidden_size": draw.randint(150, 400), "num_heads": 5, "head_dim": 36, "attention_hidden_size": 180}
+    sizes |= {"intermediate_size": draw.choice([5, 700, 1300]) + draw.randint(0, 99), "num_hidden_layers": 2}
+    model, ids = busy_model("rwkv7", **sizes).to(dtype), random_ids(draw.choice([1, 2, 5, 16]), 3)
+    expected, _ = decode_exactly(model, ids)
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        logits, cache = decode(model, random_ids(B, 5))
+        logits, cache = decode(model, ids)
         results.append([logits, *states(cache)])
+    assert len(steps) == 9
+    assert_close(results[0][0], expected, dtype, f"{sizes} {tuple(ids.shape)}")
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(other, results[0], strict=True))
 
@@ -105,20 +108,29 @@ def test_two_models_in_two_threads():
     assert all(torch.equal(x, y) for x, y in zip(together, alone, strict=True))
 
 
+def at_odd_address(x):
+    """A copy that begins one element into its memory."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_unaligned_weights_and_states(dtype, steps):  # noqa: F811
-    model, ids = busy_model("rwkv7").to(dtype), random_ids(3, 4)
+def test_odd_addresses(dtype, steps):  # noqa: F811
+    """Of weights, states and embeddings."""
+    sizes = {"hidden_size": 37, "num_heads": 4, "attention_hidden_size": 64}
+    model, ids = busy_model("rwkv7", **sizes).to(dtype), random_ids(3, 4)
     expected, cache = decode(model, ids)
     for p in model.parameters():
-        memory = torch.empty(p.numel() + 1, dtype=dtype)
-        p.data = memory[1:].view(p.shape).copy_(p.data)
+        p.data = at_odd_address(p.data)
     for layer in cache.layers:
-        memory = torch.empty(layer.recurrent_states[0].numel() + 1)
-        layer.recurrent_states[0] = memory[1:].view(layer.recurrent_states[0].shape)
+        for held in (layer.conv_states, layer.recurrent_states):
+            held.update({i: at_odd_address(state) for i, state in held.items() if state is not None})
     cache.reset()
-    logits, _ = decode(model, ids, cache)
+    with torch.no_grad():
+        tokens = (at_odd_address(model.model.embeddings(token)) for token in ids.split(1, 1))
+        logits = [model(inputs_embeds=x, past_key_values=cache).logits for x in tokens]
     assert len(steps) == 8
-    assert torch.equal(logits, expected)
+    assert torch.equal(torch.cat(logits, 1), expected)
+    assert all(state.data_ptr() % 16 for state in states(cache))
 
 
 def sparse_model(share: float, F: int = 200, **changes):
@@ -136,7 +148,7 @@ def sparse_model(share: float, F: int = 200, **changes):
     return model, active
 
 
-@pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.86, 0.99, 1])
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.86, 0.99, 1])
 @pytest.mark.parametrize("B", [1, 3, 16])
 def test_skipped_units_make_no_difference(B, share, steps):  # noqa: F811
     model, active = sparse_model(share)
@@ -164,18 +176,6 @@ def test_skipped_units_make_no_difference(B, share, steps):  # noqa: F811
         assert all(torch.equal(x, y) for x, y in zip(states(other_cache), states(cache), strict=True))
 
 
-def test_units_that_are_not_there_give_the_same_bits(steps):  # noqa: F811
-    model, active = sparse_model(0.5, num_hidden_layers=1)
-    ids = random_ids(3, 4)
-    logits, _ = decode(model, ids)
-    ffn = model.model.layers[0].ffn
-    for linear, weight in ((ffn.key, ffn.key.weight[active[0]]), (ffn.value, ffn.value.weight[:, active[0]])):
-        linear.weight = nn.Parameter(weight.detach().contiguous())
-    assert torch.equal(decode(model, ids)[0], logits)
-    assert len(steps) == 8
-    assert ffn.value.weight.shape == (64, int(active.sum()))
-
-
 def test_infinity_and_nan_are_passed_on():
     for bad in (torch.inf, torch.nan):
         model = busy_model("rwkv7")
@@ -183,39 +183,3 @@ def test_infinity_and_nan_are_passed_on():
             model.model.layers[1].ffn.key.weight[5] = bad
         logits, _ = decode(model, random_ids(2, 2))
         assert logits.isnan().all()
-
-
-def decode_for_long(model, B: int, n: int) -> int:
-    """Bytes by which the process grew over n steps, after as many as it takes to settle."""
-    process, cache = psutil.Process(), None
-    for steps in (500, n):  # noqa: F402
-        before = process.memory_info().rss
-        for _ in range(steps // 100):
-            _, cache = decode(model, random_ids(B, 100), cache)
-    return process.memory_info().rss - before
-
-
-def test_memory_does_not_grow():
-    assert decode_for_long(busy_model("rwkv7", num_hidden_layers=1), 2, 10_000) < 2 * 2**20
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_over_many_steps():
-    assert decode_for_long(busy_model("rwkv7"), 2, 100_000) < 4 * 2**20
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc")
-def test_first_step_never_holds_the_weights_twice():
-    """The new order of the matrices is made one by one."""
-    model = busy_model("rwkv7", hidden_size=512, head_dim=64, intermediate_size=4096, num_hidden_layers=6)
-    matrix = model.model.layers[0].ffn.value.weight.nbytes
-    ids = random_ids(1, 2)
-    with module_by_module():
-        decode(model, ids)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = psutil.Process().memory_info().rss
-    decode(model, ids)
-    assert not model.model.layers[5].ffn.value.weight.is_contiguous()
-    status = Path("/proc/self/status").read_text()
-    peak = 1024 * int(status.split("VmHWM:")[1].split()[0])
-    assert peak - before < 3 * matrix

@@ -1,15 +1,22 @@
 """The training parts against the official trainer's rules, and inside transformers' Trainer."""
 
 import math
+import resource
+import subprocess
+import sys
+import textwrap
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import assert_gradients_close, gradients, tiny_config
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
+from wkv.models import modeling_rwkv7
 from wkv.models.modeling_rwkv7 import RWKV7ForCausalLM
+from wkv.models.rwkv_loss import DeferredLogits
 from wkv.training import l2wrap_loss, learning_rate_factor, optimizers, parameter_groups
 
 
@@ -104,6 +111,43 @@ def test_l2wrap_gradient_is_the_formula(items):
     torch.testing.assert_close(gradient, incoming * expected, rtol=1e-5, atol=1e-9 * incoming)
 
 
+@pytest.mark.parametrize("items", [None, 40])
+def test_l2wrap_without_logits(items):
+    """A model in training makes none for it, and the gradients are those with logits."""
+    model = tiny_model().train()
+    torch.nn.init.normal_(model.lm_head.weight)
+    ids = torch.arange(48).view(2, 24)
+    labels = ids.masked_fill(ids % 7 == 0, -100)
+    results = []
+    for read in (False, True):
+        outputs = model(ids)
+        if read:
+            outputs = SimpleNamespace(logits=outputs.logits * 1)
+        loss = l2wrap_loss(outputs, labels, items)
+        (1e3 * loss).backward()
+        results.append((loss.detach(), gradients(model)))
+        assert read or outputs.logits.values is None
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert_gradients_close(results[0][1], results[1][1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_kept():
+    """Most tensors after the first few take memory that is there, without a page fault for each 4 KB of their 64 MB."""
+    script = """
+        import resource, torch
+        from wkv.training import keep_freed_memory
+        assert keep_freed_memory()
+        for i in range(20):
+            if i == 4:
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(2**24)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    faults = subprocess.check_output([sys.executable, "-c", textwrap.dedent(script)], text=True)
+    assert int(faults) < 16 * 2**26 / resource.getpagesize() / 2
+
+
 class CountingUp(Dataset):
     """Sequences x, x + 1, x + 2, ... modulo the vocabulary, which any model learns at once."""
 
@@ -115,8 +159,9 @@ class CountingUp(Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def train(tmp_path, batch: int, accumulation: int, steps: int = 12) -> tuple[RWKV7ForCausalLM, list[float]]:
-    model = tiny_model()
+def train(tmp_path, batch: int, accumulation: int, steps: int = 12, **options) -> tuple[RWKV7ForCausalLM, list[float]]:
+    model = options.pop("model", None) or tiny_model()
+    loss = options.pop("compute_loss_func", l2wrap_loss)
     args = TrainingArguments(
         output_dir=str(tmp_path),
         use_cpu=True,
@@ -128,13 +173,14 @@ def train(tmp_path, batch: int, accumulation: int, steps: int = 12) -> tuple[RWK
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **options,
     )
     trainer = Trainer(
         model,
         args,
         train_dataset=CountingUp(),
         optimizers=optimizers(model, lr=5e-3, total_steps=steps, warmup_steps=2),
-        compute_loss_func=l2wrap_loss,
+        compute_loss_func=loss,
     )
     trainer.train()
     return model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -147,3 +193,34 @@ def test_trainer_learns_and_accumulation_changes_nothing(tmp_path):
     assert losses_in_parts == pytest.approx(losses, rel=1e-3)
     distance = [(a - b).abs().max().item() for a, b in zip(whole.parameters(), parts.parameters(), strict=True)]
     assert max(distance) < 2e-3
+
+
+def refuse(logits):
+    raise AssertionError("logits were made that nobody reads")
+
+
+@pytest.mark.parametrize("loss", [None, l2wrap_loss], ids=["default", "l2wrap"])
+def test_trainer_makes_no_logits(tmp_path, monkeypatch, loss):
+    """Under mixed precision too, where accelerate converts every output; the losses are those of the ordinary head."""
+    options = {"compute_loss_func": loss, "bf16": True}
+    with monkeypatch.context() as context:
+        context.setattr(DeferredLogits, "compute", refuse)
+        _, losses = train(tmp_path, 4, 2, steps=4, **options)
+    monkeypatch.setattr(modeling_rwkv7, "may_defer", lambda *_: False)
+    assert losses == pytest.approx(train(tmp_path, 4, 2, steps=4, **options)[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("target", ["r_proj", "lm_head"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_adapters_and_smoothed_labels(tmp_path, monkeypatch, target, smoothing):
+    """An adapter on the head and label smoothing need the logits, and get them."""
+
+    def learn():
+        model = get_peft_model(tiny_model(), LoraConfig(target_modules=[target], init_lora_weights=False))
+        options = {"compute_loss_func": None, "label_smoothing_factor": smoothing}
+        return train(tmp_path, 4, 2, steps=4, model=model, **options)[1]
+
+    losses = learn()
+    monkeypatch.setattr(modeling_rwkv7, "may_defer", lambda *_: False)
+    assert losses == pytest.approx(learn(), rel=1e-5)
+    assert losses[-1] != losses[0]

@@ -5,6 +5,8 @@ Letters: see wkv7_cases.py.
 
 import os
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -36,6 +38,31 @@ def test_threads_of_python(threads):
     with ThreadPoolExecutor(4) as pool:
         for together in pool.map(lambda _: run(wkv7, x, grads, None), range(12)):
             assert all(torch.equal(alone[name], together[name]) for name in alone)
+
+
+TEAM = """
+import os, signal, psutil, torch
+from wkv_kernels.wkv7 import wkv7
+
+torch.set_num_threads(3)
+tokens = [torch.zeros(1, 512, 4, 64) for _ in range(6)]
+torch.ones(2000, 2000).exp()
+before = psutil.Process().num_threads()
+if os.fork() == 0:
+    signal.alarm(20)
+    wkv7(*tokens)
+    os._exit(0)
+_, status = os.wait()
+wkv7(*tokens)
+print(psutil.Process().num_threads() - before, status)
+"""
+
+
+def test_runs_on_the_threads_of_torch():
+    """A second set of threads would fight torch's for the cores. A child of fork has none, and must not wait."""
+    result = subprocess.run([sys.executable, "-c", TEAM], capture_output=True, text=True, check=True)
+    more_threads, status = map(int, result.stdout.split())
+    assert more_threads <= 0 and status == 0
 
 
 def test_fork(threads):

@@ -102,17 +102,22 @@ WKV_INLINE Vec sum_each(Vec* x) {
     return x[0];
 }
 
-// How far ahead memory is asked for. Measured: without it, and with several rows at a time, the prefetcher of the
-// machine reaches two thirds of the bandwidth.
-constexpr int64_t kAhead = 2048;
+// How far ahead memory is asked for, in bytes: for the first-level cache, and for the second, which is what fills the
+// bandwidth. Measured: the prefetcher of the machine alone reaches two thirds of it, the near one with it four fifths.
+constexpr int64_t kAhead = 1024, kFarAhead = 8192;
+constexpr int kSecondLevel = 2;
 
-// Unreduced products of n_rows <= kLanes rows with kB vectors: row r and vector b to sums[b * kLanes + r].
+// Unreduced products of n_rows <= kLanes rows with kB vectors: row r and vector b to sums[b * kLanes + r]. Another
+// thread may be reading what lies behind w_end.
 template <int64_t kDtype, int kB>
-void multiply_block(Vec* sums, const char* w, int64_t n_rows, int64_t n, const float* x, int64_t ld_x) {
+void multiply_block(Vec* sums, const char* w, const char* w_end, int64_t n_rows, int64_t n, const float* x,
+                    int64_t ld_x) {
     // Enough independent sums to keep the multipliers busy.
     constexpr int kUnroll = kB <= 2 ? 4 : 2;
     constexpr int64_t kSize = size_of(kDtype);
     for (int64_t r = 0; r < n_rows; ++r, w += n * kSize) {
+        const int64_t left = w_end - w - n * kSize, near = left >= kAhead ? kAhead : 0;
+        const int64_t far = left >= kFarAhead ? kFarAhead : 0;
         Vec sum[kUnroll][kB];
         for (int u = 0; u < kUnroll; ++u)
             for (int b = 0; b < kB; ++b) sum[u][b] = Vec{};
@@ -120,7 +125,10 @@ void multiply_block(Vec* sums, const char* w, int64_t n_rows, int64_t n, const f
         for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
             for (int u = 0; u < kUnroll; ++u) {
                 const char* at = w + (i + u * kLanes) * kSize;
-                if (u * kLanes * kSize % 64 == 0) __builtin_prefetch(at + kAhead);
+                if (u * kLanes * kSize % 64 == 0) {
+                    __builtin_prefetch(at + near);
+                    __builtin_prefetch(at + far, 0, kSecondLevel);
+                }
                 const Vec y = widen<kDtype>(at);
                 for (int b = 0; b < kB; ++b) sum[u][b] += y * load(x + b * ld_x + i + u * kLanes);
             }
@@ -138,16 +146,16 @@ void multiply_block(Vec* sums, const char* w, int64_t n_rows, int64_t n, const f
 }
 
 template <int64_t kDtype>
-WKV_INLINE void multiply_block(int64_t B, Vec* sums, const char* w, int64_t n_rows, int64_t n, const float* x,
-                               int64_t ld_x) {
-    using Block = void (*)(Vec*, const char*, int64_t, int64_t, const float*, int64_t);
+WKV_INLINE void multiply_block(int64_t B, Vec* sums, const char* w, const char* w_end, int64_t n_rows, int64_t n,
+                               const float* x, int64_t ld_x) {
+    using Block = void (*)(Vec*, const char*, const char*, int64_t, int64_t, const float*, int64_t);
     static constexpr Block kBlocks[] = {
         multiply_block<kDtype, 1>, multiply_block<kDtype, 2>, multiply_block<kDtype, 3>, multiply_block<kDtype, 4>,
 #if defined(__AVX512F__) || defined(__aarch64__)
         multiply_block<kDtype, 5>, multiply_block<kDtype, 6>, multiply_block<kDtype, 7>, multiply_block<kDtype, 8>,
 #endif
     };
-    kBlocks[B - 1](sums, w, n_rows, n, x, ld_x);
+    kBlocks[B - 1](sums, w, w_end, n_rows, n, x, ld_x);
 }
 
 // Products of the rows [begin, end) of w with each of B vectors. Calls use(b, row, values, count) with the products of
@@ -157,6 +165,7 @@ WKV_INLINE void multiply_rows(const void* w, int64_t n, int64_t begin, int64_t e
                               int64_t B, const Use& use) {
     const int64_t n_tiles = (B + kMaxTile - 1) / kMaxTile;
     Vec sums[kMaxTile * kLanes];
+    const char* w_end = static_cast<const char*>(w) + end * n * size_of(kDtype);
     for (int64_t row = begin; row < end; row += kLanes) {
         const int64_t count = end - row < kLanes ? end - row : kLanes;
         const char* at = static_cast<const char*>(w) + row * n * size_of(kDtype);
@@ -164,7 +173,7 @@ WKV_INLINE void multiply_rows(const void* w, int64_t n, int64_t begin, int64_t e
             const int64_t first = tile * B / n_tiles, last = (tile + 1) * B / n_tiles;
             for (int64_t b = 0; b < last - first; ++b)
                 for (int64_t i = count; i < kLanes; ++i) sums[b * kLanes + i] = Vec{};
-            multiply_block<kDtype>(last - first, sums, at, count, n, x + first * ld_x, ld_x);
+            multiply_block<kDtype>(last - first, sums, at, w_end, count, n, x + first * ld_x, ld_x);
             for (int64_t b = first; b < last; ++b) {
                 float values[kLanes];
                 store(values, sum_each(sums + (b - first) * kLanes));

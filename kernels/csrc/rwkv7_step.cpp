@@ -17,6 +17,9 @@ namespace {
 constexpr int64_t kMaxThreads = 64;
 // Weights that are worth another thread for a whole step, and another part within a phase, in bytes.
 constexpr int64_t kThreadWork = 1 << 18, kPartWork = 1 << 15;
+// Parts of the value phase. Their sums are added in this order whatever the number of threads, and so round alike.
+// Equal parts are ready in this order too.
+constexpr int64_t kValueParts = 24;
 // About ten microseconds. Phases follow each other faster, unless a thread has lost its core.
 constexpr int kSpins = 200;
 
@@ -24,22 +27,15 @@ struct Kernels {
     void (*begin)(const Rwkv7Step&);
     void (*prepare)(const Rwkv7Step&, Rwkv7Phase, int64_t, float*);
     void (*run)(const Rwkv7Step&, Rwkv7Phase, int64_t, int64_t, int64_t, float*);
+    void (*add)(const Rwkv7Step&, int64_t, float*);
     void (*end)(const Rwkv7Step&);
 };
 
 const Kernels& kernels() {
-#define WKV_ROW(isa) {isa::rwkv7_begin, isa::rwkv7_prepare, isa::rwkv7_run, isa::rwkv7_end},
+#define WKV_ROW(isa) {isa::rwkv7_begin, isa::rwkv7_prepare, isa::rwkv7_run, isa::rwkv7_add, isa::rwkv7_end},
     static constexpr Kernels table[] = {WKV_FOR_EACH_ISA(WKV_ROW)};
 #undef WKV_ROW
     return table[isa_index()];
-}
-
-void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
 }
 
 // Where the parts of a phase begin, and its end. Large parts come first, so that taking them costs little; small ones
@@ -69,8 +65,9 @@ class Schedule {
         set(kHeads, 1, 1);
         set(kOutput, rows(step.A), 16);
         set(kKey, rows(args.C), 16);
-        // Hidden units are read piece by piece: at least a few cache lines each.
-        set(kValue, std::max<int64_t>(64, args.C / (4 * n_threads)), 64);
+        const int64_t parts = std::min(args.F, kValueParts);
+        for (int64_t i = 0; i <= parts; ++i) bounds_[kValue].push_back(args.F * i / parts);
+        per_layer_ += parts;
         total_ = per_layer_ * args.L;
     }
 
@@ -82,7 +79,7 @@ class Schedule {
                 first += n_parts(phase++);
                 if (phase == kRwkv7Phases) phase = 0, ++layer;
             }
-            wait_for(first);
+            wait_until(done_, first);
             const auto which = static_cast<Rwkv7Phase>(phase);
             if (prepared != layer * kRwkv7Phases + phase) {
                 kernels().prepare(step_, which, layer, local);
@@ -90,6 +87,7 @@ class Schedule {
             }
             const int64_t* bounds = &bounds_[phase][part - first];
             kernels().run(step_, which, layer, bounds[0], bounds[1], local);
+            if (which == kValue) add_in_turn(layer, part - first, local);
             const int64_t done = done_.fetch_add(1, std::memory_order_acq_rel) + 1;
             if (done == first + n_parts(phase)) done_.notify_all();
         }
@@ -98,20 +96,30 @@ class Schedule {
   private:
     int64_t n_parts(int64_t phase) const { return static_cast<int64_t>(bounds_[phase].size()) - 1; }
 
-    void wait_for(int64_t parts) {
+    void add_in_turn(int64_t layer, int64_t part, float* local) {
+        const int64_t turn = layer * n_parts(kValue) + part;
+        wait_until(added_, turn);
+        kernels().add(step_, layer, local);
+        added_.store(turn + 1, std::memory_order_release);
+        added_.notify_all();
+    }
+
+    static void wait_until(const std::atomic<uint32_t>& count, int64_t wanted) {
         for (int i = 0; i < kSpins; ++i) {
-            if (done_.load(std::memory_order_acquire) >= parts) return;
+            if (count.load(std::memory_order_acquire) >= wanted) return;
             pause();
         }
-        for (uint32_t seen; (seen = done_.load(std::memory_order_acquire)) < parts;)
-            done_.wait(seen, std::memory_order_acquire);
+        for (uint32_t seen; (seen = count.load(std::memory_order_acquire)) < wanted;)
+            count.wait(seen, std::memory_order_acquire);
     }
 
     const Rwkv7Step& step_;
     std::vector<int64_t> bounds_[kRwkv7Phases];
     int64_t per_layer_ = 0, total_ = 0;
     alignas(64) std::atomic<int64_t> next_{0};
+    // Parts that are done, and parts of value phases that are added to the residual.
     alignas(64) std::atomic<uint32_t> done_{0};
+    alignas(64) std::atomic<uint32_t> added_{0};
 };
 
 int64_t choose_threads(const Rwkv7Step& step) {

@@ -15,7 +15,7 @@ namespace wkv {
 //   heads    low-rank up projections, the recurrence, group norm, bonus and gate of some heads
 //   output   rows of o_proj, added to the residual
 //   key      feed-forward norm, token shift, mix; rows of key, squared relu
-//   value    channels of value, added to the residual
+//   value    hidden units' rows of value, summed up apart and then added to the residual, part after part
 enum Rwkv7Phase { kProject, kHeads, kOutput, kKey, kValue, kRwkv7Phases };
 
 // The vectors of one token, float32, one row for each of the B sequences; the tails of rows are zero.
@@ -45,11 +45,14 @@ struct Rwkv7Step {
     // Memory of one thread, enough for any phase.
     int64_t local_size() const {
         const int64_t B = args.B, Kp = padded(args.K);
-        const int64_t project = 7 * B * Cp, value = padded(args.F + 1) + B * (Fp + Cp);
+        const int64_t project = 7 * B * Cp, value = sums_begin() + B * Cp;
         const int64_t heads = B * low_size + (4 * B + 8) * Kp + wkv7_forward_scratch(args.K, args.K);
         const int64_t larger = project > value ? project : value;
         return padded(larger > heads ? larger : heads);
     }
+
+    // Where a part of `value` leaves its sums in the memory of its thread: behind the list of its units.
+    __attribute__((always_inline)) int64_t sums_begin() const { return (1 + args.B) * Fp; }
 
     void place(float* memory) {
         const auto take = [&](int64_t n) {
@@ -71,6 +74,7 @@ struct Rwkv7Step {
             case kHeads:
                 return args.H;
             case kKey:
+            case kValue:
                 return args.F;
             default:
                 return args.C;
@@ -86,6 +90,8 @@ struct Rwkv7Step {
     void rwkv7_prepare(const Rwkv7Step& step, Rwkv7Phase phase, int64_t layer, float* local);                         \
     /* Part [begin, end) of a phase. */                                                                               \
     void rwkv7_run(const Rwkv7Step& step, Rwkv7Phase phase, int64_t layer, int64_t begin, int64_t end, float* local); \
+    /* Adds what the thread's last part of kValue left in its memory to the residual. */                              \
+    void rwkv7_add(const Rwkv7Step& step, int64_t layer, float* local);                                               \
     /* Writes the normalised residual. */                                                                             \
     void rwkv7_end(const Rwkv7Step& step);                                                                            \
     }

@@ -3,6 +3,8 @@
 // Letters as in wkv.h; h residual, kk the removal key, a the in-context learning rate.
 #include "few_rows.h"
 #include "rwkv7_step.h"
+#include "rwkv7_step_channel_mix.h"
+#include "rwkv7_step_rows.h"
 
 namespace wkv {
 namespace WKV_SIMD {
@@ -13,89 +15,30 @@ constexpr float kLogDecayScale = -0.6065306597126334f;
 
 enum { kW, kA, kV, kG };
 
-// Numbers i to i + kLanes of n, zeros past the end.
-template <int64_t kDtype = WKV_FLOAT32>
-WKV_INLINE Vec at(const void* x, int64_t i, int64_t n) {
-    const char* from = static_cast<const char*>(x) + i * size_of(kDtype);
-    return i + kLanes <= n ? widen<kDtype>(from) : widen<kDtype>(from, n - i);
-}
-
-WKV_INLINE void put(float* to, Vec x, int64_t i, int64_t n) {
-    __builtin_memcpy(to + i, &x, (i + kLanes <= n ? kLanes : n - i) * sizeof(float));
-}
-
-WKV_INLINE float sum(Vec x) {
-    for (int n = kLanes; n > 1; n /= 2) x = add_pairs(x, x);
-    return x[0];
-}
-
-WKV_INLINE Vec sigmoid(Vec x) {
-    return 1.0f / (1.0f + exp(-x));
-}
-
-WKV_INLINE Vec tanh(Vec x) {
-    return 1.0f - 2.0f / (1.0f + exp(x + x));
-}
-
-struct Moments {
-    float mean, scale;
-};
-
-// Mean of n numbers, and one over their standard deviation.
-WKV_INLINE Moments moments(const float* x, int64_t n, float eps) {
-    Vec total{}, squares{};
-    for (int64_t i = 0; i < n; i += kLanes) total += at(x, i, n);
-    const float mean = sum(total) / n;
-    for (int64_t i = 0; i < n; i += kLanes) {
-        const Vec d = load(x + i) - mean;
-        squares += i + kLanes <= n ? d * d : at(&d, 0, n - i) * at(&d, 0, n - i);
-    }
-    return {mean, 1.0f / __builtin_sqrtf(sum(squares) / n + eps)};
-}
-
-// to and x have zeros up to the next multiple of kLanes.
 template <int64_t kDtype>
-WKV_INLINE void layer_norm(float* to, const float* x, int64_t n, const void* weight, const void* bias, float eps) {
-    const Moments m = moments(x, n, eps);
-    for (int64_t i = 0; i < n; i += kLanes)
-        store(to + i, (load(x + i) - m.mean) * m.scale * at<kDtype>(weight, i, n) + at<kDtype>(bias, i, n));
-}
-
-// Norm, token shift and n_mixes mixes of every sequence: to[m] and to[n_mixes], the norm itself, are (B, Cp).
-template <int64_t kDtype, int kMixes>
-WKV_INLINE void norm_and_mix(const Rwkv7Step& step, float* to, const void* weight, const void* bias, const void* shift,
-                             const void* const (&mixes)[kMixes]) {
-    const int64_t B = step.args.B, C = step.args.C, Cp = step.Cp;
-    for (int64_t b = 0; b < B; ++b) {
-        float* x = to + (kMixes * B + b) * Cp;
-        layer_norm<kDtype>(x, step.residual + b * Cp, C, weight, bias, step.args.norm_eps);
-        const char* previous = static_cast<const char*>(shift) + b * C * size_of(kDtype);
-        for (int64_t i = 0; i < C; i += kLanes) {
-            const Vec y = load(x + i), delta = at<kDtype>(previous, i, C) - y;
-            for (int m = 0; m < kMixes; ++m) store(to + (m * B + b) * Cp + i, y + delta * at<kDtype>(mixes[m], i, C));
-        }
-    }
-}
-
-// Keeps a norm for the next token; the threads still read the last one's.
-void keep_shift(const Rwkv7Step& step, const float* x) {
-    __builtin_memcpy(step.shifted, x, step.args.B * step.Cp * sizeof(float));
-}
-
-void write_shift(const Rwkv7Step& step, void* shift) {
-    const int64_t C = step.args.C, dtype = step.args.dtype;
-    for (int64_t b = 0; b < step.args.B; ++b)
-        pack(static_cast<char*>(shift) + b * C * size_of(dtype), step.shifted + b * step.Cp, dtype, C);
-}
-
-template <int64_t kDtype>
-struct Part {
+struct TimeMix {
     const Rwkv7Step& step;
     const wkv_rwkv7_layer& weights;
     const wkv_rwkv7_layer_state& state;
     int64_t layer;
     float* local;
     int64_t B = step.args.B, C = step.args.C, K = step.args.K, F = step.args.F, A = step.A;
+
+    void prepare(Rwkv7Phase phase) {
+        if (phase == kProject)
+            prepare_project();
+        else if (phase == kHeads)
+            prepare_heads();
+    }
+
+    void run(Rwkv7Phase phase, int64_t begin, int64_t end) {
+        if (phase == kProject)
+            project(begin, end);
+        else if (phase == kHeads)
+            heads(begin, end);
+        else
+            add_rows<kDtype>(step, weights.o_proj, A, step.y, step.Ap, begin, end);
+    }
 
     void prepare_project() {
         const void* const mixes[] = {weights.x_r, weights.x_k, weights.x_v, weights.x_w, weights.x_a, weights.x_g};
@@ -218,101 +161,18 @@ struct Part {
         task.v_end = K;
         wkv7_forward(args, task, scratch);
     }
-
-    // residual += w x for the rows [begin, end) of w.
-    void add_rows(const void* w, int64_t n, const float* x, int64_t ld_x, int64_t begin, int64_t end) {
-        const auto add = [&](int64_t b, int64_t row, const float* values, int64_t count) {
-            float* h = step.residual + b * step.Cp + row;
-            for (int64_t i = 0; i < count; ++i) h[i] += values[i];
-        };
-        multiply_rows<kDtype>(w, n, begin, end, x, ld_x, B, add);
-    }
-
-    void prepare_key() {
-        const void* const mixes[] = {weights.ffn_x_k};
-        norm_and_mix<kDtype>(step, local, weights.ffn_norm_weight, weights.ffn_norm_bias, state.ffn_shift, mixes);
-    }
-
-    void key(int64_t begin, int64_t end) {
-        if (begin == 0) keep_shift(step, local + B * step.Cp);
-        const auto write = [&](int64_t b, int64_t row, const float* values, int64_t count) {
-            float* units = step.units + b * step.Fp + row;
-            // Written so that NaN stays.
-            for (int64_t i = 0; i < count; ++i) units[i] = values[i] < 0.0f ? 0.0f : values[i] * values[i];
-        };
-        multiply_rows<kDtype>(weights.key, C, begin, end, local, step.Cp, B, write);
-    }
-
-    // The hidden units that any sequence needs: how many, their numbers, then their activations (n, B).
-    void prepare_value() {
-        if (!weights.value_by_unit) return;
-        int32_t* active = reinterpret_cast<int32_t*>(local);
-        int64_t n = 0;
-        for (int64_t unit = 0; unit < F; ++unit) {
-            bool any = false;
-            for (int64_t b = 0; b < B; ++b) any |= step.units[b * step.Fp + unit] != 0.0f;
-            active[1 + n] = static_cast<int32_t>(unit);
-            n += any;
-        }
-        active[0] = static_cast<int32_t>(n);
-        float* activations = local + padded(F + 1);
-        for (int64_t i = 0; i < n; ++i)
-            for (int64_t b = 0; b < B; ++b) activations[i * B + b] = step.units[b * step.Fp + active[1 + i]];
-    }
-
-    void value(int64_t begin, int64_t end) {
-        if (begin == 0) write_shift(step, state.ffn_shift);
-        if (!weights.value_by_unit) return add_rows(weights.value, F, step.units, step.Fp, begin, end);
-        const int32_t* active = reinterpret_cast<const int32_t*>(local) + 1;
-        const float* activations = local + padded(F + 1);
-        float* sums = local + padded(F + 1) + B * step.Fp;
-        for (int64_t b = 0; b < B; ++b)
-            for (int64_t i = begin; i < end; ++i) sums[b * step.Cp + i] = 0.0f;
-        const int64_t n = active[-1];
-        int64_t i = 0;
-        for (; i + kUnits <= n; i += kUnits) {
-            const int64_t ahead = i + 2 * kUnits <= n ? kUnits : 0;
-            add_units<kUnits>(active + i, activations + i * B, ahead, sums, begin, end);
-        }
-        for (; i < n; ++i) add_units<1>(active + i, activations + i * B, 0, sums, begin, end);
-        for (int64_t b = 0; b < B; ++b)
-            for (int64_t i = begin; i < end; ++i) step.residual[b * step.Cp + i] += sums[b * step.Cp + i];
-    }
-
-    // Hidden units that go together through the sums. Each sum takes them one after the other, so that a unit whose
-    // activation is zero makes no difference whether it is there or not.
-    static constexpr int kUnits = 4;
-
-    // Adds kN units to the channels [begin, end) of the sums, and asks for those that stand `ahead` in the list.
-    template <int kN>
-    WKV_INLINE void add_units(const int32_t* active, const float* activations, int64_t ahead, float* sums,
-                              int64_t begin, int64_t end) {
-        const char* rows[kN];
-        const char* next[kN];
-        for (int u = 0; u < kN; ++u) {
-            rows[u] = static_cast<const char*>(weights.value) + active[u] * C * size_of(kDtype);
-            next[u] = static_cast<const char*>(weights.value) + active[u + ahead] * C * size_of(kDtype);
-        }
-        for (int64_t i = begin; i < end; i += kLanes) {
-            Vec w[kN];
-            for (int u = 0; u < kN; ++u) {
-                if ((i - begin) * size_of(kDtype) % 64 == 0) __builtin_prefetch(next[u] + i * size_of(kDtype));
-                w[u] = at<kDtype>(rows[u], i, end);
-            }
-            for (int64_t b = 0; b < B; ++b) {
-                Vec y = load(sums + b * step.Cp + i);
-                for (int u = 0; u < kN; ++u) y += activations[u * B + b] * w[u];
-                store(sums + b * step.Cp + i, y);
-            }
-        }
-    }
 };
 
+// Calls f with the half of layer `layer` that a phase belongs to.
 template <class F>
-WKV_INLINE void with_part(const Rwkv7Step& step, int64_t layer, float* local, const F& f) {
+WKV_INLINE void with_half(const Rwkv7Step& step, Rwkv7Phase phase, int64_t layer, float* local, const F& f) {
+    const wkv_rwkv7_layer& weights = step.args.layers[layer];
+    const wkv_rwkv7_layer_state& state = step.args.states[layer];
     with_dtype(step.args.dtype, [&]<int64_t kDtype>() {
-        Part<kDtype> part{step, step.args.layers[layer], step.args.states[layer], layer, local};
-        f(part);
+        if (phase < kKey)
+            f(TimeMix<kDtype>{step, weights, state, layer, local});
+        else
+            f(ChannelMix<kDtype>{step, weights, state, local});
     });
 }
 
@@ -330,31 +190,18 @@ void rwkv7_begin(const Rwkv7Step& step) {
 }
 
 void rwkv7_prepare(const Rwkv7Step& step, Rwkv7Phase phase, int64_t layer, float* local) {
-    with_part(step, layer, local, [&](auto& part) {
-        if (phase == kProject)
-            part.prepare_project();
-        else if (phase == kHeads)
-            part.prepare_heads();
-        else if (phase == kKey)
-            part.prepare_key();
-        else if (phase == kValue)
-            part.prepare_value();
-    });
+    with_half(step, phase, layer, local, [&](auto&& half) { half.prepare(phase); });
 }
 
 void rwkv7_run(const Rwkv7Step& step, Rwkv7Phase phase, int64_t layer, int64_t begin, int64_t end, float* local) {
-    with_part(step, layer, local, [&](auto& part) {
-        if (phase == kProject)
-            part.project(begin, end);
-        else if (phase == kHeads)
-            part.heads(begin, end);
-        else if (phase == kOutput)
-            part.add_rows(part.weights.o_proj, step.A, step.y, step.Ap, begin, end);
-        else if (phase == kKey)
-            part.key(begin, end);
-        else
-            part.value(begin, end);
-    });
+    with_half(step, phase, layer, local, [&](auto&& half) { half.run(phase, begin, end); });
+}
+
+void rwkv7_add(const Rwkv7Step& step, int64_t layer, float* local) {
+    if (!step.args.layers[layer].value_by_unit) return;
+    const float* sums = local + step.sums_begin();
+    float* h = step.residual;
+    for (int64_t i = 0; i < step.args.B * step.Cp; i += kLanes) store(h + i, load(h + i) + load(sums + i));
 }
 
 void rwkv7_end(const Rwkv7Step& step) {

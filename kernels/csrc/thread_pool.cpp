@@ -1,5 +1,6 @@
 #include "thread_pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <signal.h>
 
@@ -19,14 +20,6 @@ namespace {
 constexpr int64_t kMaxThreads = 256;
 // About three microseconds: enough to bridge two kernels in a row, too short to hold a core that another pool wants.
 constexpr int kSpins = 64;
-
-void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
 
 // Waits until value differs from old: first spinning, then asleep.
 uint32_t wait_change(std::atomic<uint32_t>& value, uint32_t old) {
@@ -119,6 +112,35 @@ class Pool {
     alignas(64) std::atomic<uint32_t> state_{0};
 };
 
+// torch's own threads, where torch runs on an OpenMP with GNU's interface. Between two of its operators they spin, and
+// a second set of threads would have to share their cores.
+using RunTeam = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+RunTeam openmp() {
+    static const auto found = reinterpret_cast<RunTeam>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return found;
+}
+
+// A child of fork has no team any more, and OpenMP would wait for it for ever.
+std::atomic<bool> forked{false};
+
+// The whole team wakes up, for OpenMP ends the threads that a smaller one leaves out; more than n_threads get no task.
+void run_on_team(RunTeam run, int64_t n_tasks, int64_t n_threads, TaskFunction function, void* context) {
+    struct Job {
+        int64_t n_tasks, n_threads;
+        TaskFunction function;
+        void* context;
+        std::atomic<int64_t> joined{0}, next{0};
+    } job{n_tasks, n_threads, function, context};
+    const auto work = [](void* data) {
+        Job& job = *static_cast<Job*>(data);
+        if (job.joined.fetch_add(1, std::memory_order_relaxed) >= job.n_threads) return;
+        for (int64_t task; (task = job.next.fetch_add(1, std::memory_order_relaxed)) < job.n_tasks;)
+            job.function(job.context, task);
+    };
+    run(work, &job, 0, 0);
+}
+
 // Never freed: sleeping workers may outlive every destructor, and the threads of a parent do not exist in its child.
 std::atomic<Pool*> instance{nullptr};
 thread_local bool inside_task = false;
@@ -126,12 +148,16 @@ thread_local bool inside_task = false;
 Pool& pool() {
     Pool* current = instance.load(std::memory_order_acquire);
     if (current != nullptr) return *current;
-    static const int registered = pthread_atfork(nullptr, nullptr, [] { instance.store(nullptr); });
-    (void)registered;
     auto fresh = std::make_unique<Pool>();
     if (instance.compare_exchange_strong(current, fresh.get(), std::memory_order_acq_rel)) return *fresh.release();
     return *current;
 }
+
+// From the moment the library loads, for the team may be torch's before it is ours.
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] {
+    instance.store(nullptr);
+    forked.store(true);
+});
 
 struct Scratch {
     static constexpr int64_t kKept = int64_t{4} << 20;
@@ -167,6 +193,8 @@ void parallel_for(int64_t n_tasks, int64_t n_threads, TaskFunction function, voi
             job.function(job.context, task);
             inside_task = false;
         };
+        if (const RunTeam team = openmp(); team != nullptr && !forked.load())
+            return run_on_team(team, n_tasks, n_threads, guarded, &job);
         if (pool().run(n_tasks, n_threads, guarded, &job)) return;
     }
     for (int64_t task = 0; task < n_tasks; ++task) function(context, task);

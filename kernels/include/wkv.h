@@ -243,6 +243,22 @@ typedef struct {
 WKV_API int rwkv7_relu_squared(const rwkv7_relu_squared_args* args);
 WKV_API int rwkv7_relu_squared_backward(const rwkv7_relu_squared_backward_args* args);
 
+/* Cross-entropy of logits (n_rows, n_classes), their rows `row` elements apart, and targets in [0, n_classes). Writes
+ * the loss of every row, and in place of the logits the gradient of the losses' sum, to which pull times the largest
+ * logit is added where that stands (the first of equals). */
+typedef struct {
+    int64_t n_rows, n_classes;
+    int64_t dtype;
+    int64_t n_threads;
+    void* logits;
+    int64_t row;
+    const int64_t* targets; /* (n_rows) */
+    double pull;
+    float* losses; /* (n_rows) */
+} wkv_cross_entropy_args;
+
+WKV_API int wkv_cross_entropy(const wkv_cross_entropy_args* args);
+
 /* A trie of byte strings, in `words` that the caller owns. Piece i is bytes[ends[i - 1], ends[i]) and has id i; an
  * empty piece has no id, nor can piece 0 have one. All 256 single bytes must be among the pieces. Returns how many
  * words the trie takes, the rest of `capacity` may be cut off; -1 when they or the memory do not suffice. */

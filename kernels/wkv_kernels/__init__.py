@@ -7,7 +7,7 @@ from .wkv7 import wkv7
 
 __all__ = ["info", "wkv7"]
 
-OPS = ("wkv7", "rwkv7_fused", "rwkv7_step", "few_rows_linear")
+OPS = ("wkv7", "rwkv7_fused", "rwkv7_step", "few_rows_linear", "cross_entropy")
 
 
 def info() -> dict:

@@ -16,7 +16,7 @@ try:
 except ImportError:
     wkv_kernels = None
 
-OPS = ("wkv7", "rwkv7_fused", "rwkv7_step", "few_rows_linear")
+OPS = ("wkv7", "rwkv7_fused", "rwkv7_step", "few_rows_linear", "cross_entropy")
 
 
 def kernel() -> str:

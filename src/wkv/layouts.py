@@ -8,6 +8,7 @@ L blocks, Rw Ra Rv Rg ranks of the low-rank pairs (decay, in-context rate, value
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -269,17 +270,37 @@ class _SplitMixes(ConversionOps):
         return {name: mix.reshape(1, 1, -1).clone() for name, mix in zip(target_patterns, fused, strict=True)}
 
 
-# transformers reverses transforms when a model is saved, also one of another package's class for the same model type.
-def _nothing_to_reverse(self) -> WeightRenaming:
-    return WeightRenaming("(?!)", "")
+class _OnlyRead:
+    """For transforms: they act on loading alone, and are cheap to copy, as is done for every tensor."""
+
+    # A model is saved by transforms in reverse, also one of another package's class for the same model type.
+    def reverse_transform(self) -> WeightRenaming:
+        return WeightRenaming("(?!)", "")
+
+    def __deepcopy__(self, memo):
+        fresh = copy(self)
+        fresh.collected_tensors, fresh.layer_targets = defaultdict(list), defaultdict(set)
+        return fresh
 
 
-class _ReadRenaming(WeightRenaming):
-    reverse_transform = _nothing_to_reverse
+class _ReadConverter(_OnlyRead, WeightConverter):
+    pass
 
 
-class _ReadConverter(WeightConverter):
-    reverse_transform = _nothing_to_reverse
+class _ReadNames(_OnlyRead, WeightRenaming):
+    """Renames by looking up the whole name, `*` for the block: a transform a name would be tried on every tensor."""
+
+    def __init__(self, names: dict[str, str]):
+        super().__init__(r"^(?:rwkv7\.|model\.)?((?:emb|embeddings|blocks|ln_out|head)\..+)$", r"\1")
+        self.names = names
+
+    def rename_source_key(self, source_key):
+        name, pattern = super().rename_source_key(source_key)
+        if pattern is None:
+            return source_key, None
+        block = re.search(r"\.(\d+)\.", name)
+        ours = self.names.get(re.sub(r"\.\d+\.", ".*.", name, count=1))
+        return (ours.replace("*", block[1] if block else ""), pattern) if ours else (source_key, None)
 
 
 def conversion_mapping() -> dict[str, list[WeightRenaming | WeightConverter]]:
@@ -292,20 +313,21 @@ def conversion_mapping() -> dict[str, list[WeightRenaming | WeightConverter]]:
 
 
 def _transforms(generation: Generation) -> list[WeightRenaming | WeightConverter]:
-    transforms = []
-    vectors = []
+    names, vectors = {}, []
     for row in generation.rows:
-        pattern = re.escape(row.official).replace(r"\*", r"(\d+)").replace("emb", "emb(?:eddings)?")
-        pattern, target = r"^(?:rwkv7\.|model\.)?" + pattern, row.ours.replace("*", r"\1")
-        if row.official_axes == row.our_axes:
-            transforms.append(_ReadRenaming(pattern + "$", target))
-        else:
-            transforms.append(_ReadConverter(pattern + "$", target, [_AsParameter(bool(_rank(row.our_axes.split())))]))
+        names[row.official] = names[row.official.replace("emb.", "embeddings.")] = row.ours
         if _rank(row.our_axes.split()):
-            transforms.append(_ReadRenaming(pattern + r"\.weight$", target))
+            names[f"{row.official}.weight"] = row.ours
+            names[row.official] = row.ours + _TRANSPOSED
         if "1" in row.official_axes:
             vectors.append(re.escape(row.ours.split("*.")[1]))
-    fused = [f"attn.x_{x}" for x in "rwkvag"]
-    transforms.append(_ReadConverter(r"attn\.x_x$", fused, [_SplitMixes()]))
-    transforms.append(_ReadConverter(rf"({'|'.join(vectors)})$", r"\1", [_AsParameter()]))
-    return transforms
+    return [
+        _ReadNames(names),
+        _ReadConverter(re.escape(_TRANSPOSED) + "$", "", [_AsParameter(transpose=True)]),
+        _ReadConverter(r"attn\.x_x$", [f"attn.x_{x}" for x in "rwkvag"], [_SplitMixes()]),
+        _ReadConverter(rf"({'|'.join(vectors)})$", r"\1", [_AsParameter()]),
+    ]
+
+
+# Stands behind the name of a matrix on its way from a file to the transform that turns it.
+_TRANSPOSED = ".transposed"

@@ -9,11 +9,14 @@ the projections run in the model's dtype, as its Python path does; decay, state,
 state are float32, as in its CUDA kernels. rwkv7_step.py, which decodes on CPUs, keeps all activations in float32.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -27,10 +30,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_rwkv7 import Rwkv7Config, correct_world_tokens
 from .rwkv7_fused import Rwkv7GroupNorm, key_stage, out_stage, relu_squared, shift_mix, value_residual
-from .rwkv7_step import FusedStep, by_rows, linear_of_few_rows
+from .rwkv7_memory_order import by_rows
+from .rwkv7_step import FusedStep, linear_of_few_rows
 from .rwkv_cache import read_state, recurrent_mask, write_state
 from .rwkv_common import RwkvPreTrainedModel, no_cache_in_training
-from .rwkv_sequences import check_inputs, plan_sequences
+from .rwkv_loss import deferred_logits, may_defer
+from .rwkv_sequences import check_inputs, plan_sequences, run_slices, runs_in_slices
 from .wkv7 import wkv7
 
 
@@ -273,12 +278,15 @@ class Rwkv7Model(Rwkv7PreTrainedModel):
         use_cache=None,
         cu_seq_lens_q=None,
         seq_idx=None,
+        hidden_to_keep=0,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Shapes: input_ids (B, T) or inputs_embeds (B, T, C); attention_mask (B, T), or (B, past + T) with a cache.
 
         Packed documents are told by `cu_seq_lens_q` (n + 1,) with B = 1, by `seq_idx` (B, T), or by `position_ids`
-        (B, T) restarting at 0. Raises `ValueError` for shapes, ids or caches that do not fit.
+        (B, T) restarting at 0. Without gradients a long input runs in slices, in memory that does not grow with it;
+        of the hidden states (B, T, C) it then returns only the last `hidden_to_keep`, unless that is 0. Raises
+        `ValueError` for shapes, ids or caches that do not fit.
         """
         check_inputs(
             self.config,
@@ -290,27 +298,36 @@ class Rwkv7Model(Rwkv7PreTrainedModel):
             cu_seq_lens_q,
             past_key_values,
         )
-        if inputs_embeds is None:
-            inputs_embeds = self.embeddings(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
         if isinstance(attention_mask, dict):
             mask = attention_mask["rwkv"]
         else:
-            mask = recurrent_mask(self.config, inputs_embeds, attention_mask, past_key_values)
+            mask = recurrent_mask(self.config, tokens, attention_mask, past_key_values)
         continues = past_key_values is not None and past_key_values.has_previous_state(0, 0)
-        plan = plan_sequences(inputs_embeds, mask, position_ids, continues, cu_seq_lens_q, seq_idx)
+        plan = plan_sequences(tokens, mask, position_ids, continues, cu_seq_lens_q, seq_idx)
 
-        hidden_states = fused_step(self, inputs_embeds, past_key_values, plan)
+        if runs_in_slices(tokens, plan, self.layers):
+            state = DynamicCache(config=self.config) if past_key_values is None else past_key_values
+            hidden_states = run_slices(partial(self.run_blocks, state), tokens, plan.mask, hidden_to_keep)
+        else:
+            hidden_states = self.run_blocks(past_key_values, tokens, plan)
+        if past_key_values is not None:
+            for layer_cache in past_key_values.layers:
+                layer_cache.advance(tokens.shape[1])
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def run_blocks(self, past_key_values, tokens, plan):
+        """Ids (B, T) or embeddings (B, T, C) through all blocks and the last norm."""
+        x = tokens if tokens.is_floating_point() else self.embeddings(tokens)
+        hidden_states = fused_step(self, x, past_key_values, plan)
         if hidden_states is None:
-            hidden_states, v_first = inputs_embeds, None
+            hidden_states, v_first = x, None
             for layer in self.layers:
                 hidden_states, v_first = layer(hidden_states, v_first, past_key_values=past_key_values, plan=plan)
             hidden_states = self.norm(hidden_states)
-        if past_key_values is not None:
-            for layer_cache in past_key_values.layers:
-                layer_cache.advance(inputs_embeds.shape[1])
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return hidden_states
 
 
 class RWKV7ForCausalLM(Rwkv7PreTrainedModel, GenerationMixin):
@@ -351,11 +368,17 @@ class RWKV7ForCausalLM(Rwkv7PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            hidden_to_keep=logits_to_keep if labels is None and isinstance(logits_to_keep, int) else 0,
             **kwargs,
         )
-        logits = linear_of_few_rows(self.lm_head, slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        # In training the default loss does without logits, and they are made for whoever reads them.
+        deferred = may_defer(self, hidden)
+        logits = deferred_logits(hidden, self.lm_head.weight) if deferred else linear_of_few_rows(self.lm_head, hidden)
         loss = None
-        if labels is not None:
+        if labels is not None and deferred and self.loss_function is ForCausalLMLoss:
+            loss = logits.loss(labels, **kwargs)
+        elif labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from .rwkv7_fused import Rwkv7GroupNorm
+from .rwkv7_memory_order import by_hidden_unit
 from .rwkv_cache import RwkvCacheLayer
 
 # Where they are missing, wkv7.py says so.
@@ -28,8 +29,10 @@ try:
 except ImportError:
     compiled = None
 
-# With more rows, torch's matrix products are as good: they compute more for each weight they read.
+# With more rows, torch's matrix products are as good: they compute more for each weight they read. A lone product in
+# bfloat16 gets there sooner, where the processor has instructions for small matrices; the step also saves the modules.
 MAX_ROWS = 16
+MAX_ROWS_OF_HEAD = {torch.float32: 16, torch.bfloat16: 9, torch.float16: 16}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LORAS = {"w": nn.Tanh, "a": nn.Identity, "v": nn.Identity, "g": nn.Sigmoid}
 LINEAR_FORWARD = nn.Linear.forward
@@ -37,7 +40,9 @@ LINEAR_FORWARD = nn.Linear.forward
 
 def linear_of_few_rows(linear: nn.Module, x):
     """`linear(x)`, with each weight read once where x (..., C) has few rows and nothing but the product is wanted."""
-    if x.numel() > MAX_ROWS * x.shape[-1] or not _is_plain_inference(x) or not _is_plain_linear(linear, x):
+    if not _is_plain_inference(x) or x.numel() > MAX_ROWS_OF_HEAD[x.dtype] * x.shape[-1]:
+        return linear(x)
+    if not _is_plain_linear(linear, x):
         return linear(x)
     return compiled_linear.few_rows_linear(x.reshape(-1, x.shape[-1]), linear.weight).view(*x.shape[:-1], -1)
 
@@ -60,12 +65,12 @@ def _is_plain_inference(x) -> bool:
     """Nothing watches or transforms the operations on x, and no gradient is wanted."""
     return (
         compiled is not None
+        and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and type(x) is torch.Tensor
         and x.is_cpu
         and x.dtype in DTYPES
         and x.numel() > 0
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._len_torch_dispatch_stack()
@@ -73,36 +78,6 @@ def _is_plain_inference(x) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and not nn.modules.module._has_any_global_hook()
     )
-
-
-def by_rows(value: nn.Module) -> None:
-    """Undo what `_by_hidden_unit` did to the channel-mix's last matrix: training and saving expect plain tensors.
-
-    An optimizer may keep its state in the order of memory, and safetensors takes no other.
-    """
-    weight = getattr(value, "weight", None)
-    if type(weight) is nn.Parameter and weight.ndim == 2 and not weight.is_contiguous() and weight.mT.is_contiguous():
-        _replace(weight, weight.detach().contiguous)
-
-
-def _by_hidden_unit(value: nn.Linear, last: torch.Tensor | None) -> torch.Tensor | None:
-    """Give the matrix (C, F) the strides (1, C): same values, but what a hidden unit contributes lies together.
-
-    Returns the old tensor, which another thread may be reading, or `last` where it stays: a gradient fixes the order,
-    and memory shared between processes is not ours to move.
-    """
-    weight = value.weight
-    if not weight.is_contiguous() or weight.grad is not None or weight.is_shared() or weight.is_inference():
-        return last
-    old = weight.data
-    _replace(weight, lambda: weight.detach().mT.contiguous().mT)
-    return old
-
-
-def _replace(weight: nn.Parameter, make) -> None:
-    # A tensor made in inference mode could never be trained again.
-    with torch.inference_mode(False), torch.no_grad():
-        weight.data = make()
 
 
 class FusedStep:
@@ -236,11 +211,7 @@ class _Plan:
     def __init__(self, model, blocks, modules, sizes):
         self.sizes, self.dtype = sizes, model.norm.weight.dtype
         self.values = [block.ffn.value for block in blocks]
-        last = None
-        for value in self.values:
-            # The old order of one matrix lives until the next is done: never more of them than two.
-            last = _by_hidden_unit(value, last)
-        del last
+        by_hidden_unit(self.values)
         self.waiting = any(value.weight.grad is not None for value in self.values)
 
         self.norms = _norms(modules)

@@ -1,4 +1,6 @@
-"""Which tokens of a batch belong together: padding, packed documents, token shift; and checks of a forward's inputs.
+"""Which tokens of a batch belong together: padding, packed documents, token shift, slices of long prompts.
+
+Also the checks of a forward's inputs.
 
 Glossary: B batch, T time, C channels.
 """
@@ -27,18 +29,23 @@ class SequencePlan(NamedTuple):
     final: torch.Tensor | None = None
 
 
-def plan_sequences(inputs_embeds, mask, position_ids=None, continues=False, cu_seq_lens_q=None, seq_idx=None):
+# Tokens of a batch that run together where no gradient is wanted: some 100 KB each in a model of 1.5 B parameters, and
+# matrix products get no faster with more of them.
+SLICE_TOKENS = 4096
+
+
+def plan_sequences(tokens, mask, position_ids=None, continues=False, cu_seq_lens_q=None, seq_idx=None):
     """Build the SequencePlan of a forward from whatever the caller gave to describe padding and packing.
 
-    `inputs_embeds` (B, T, C); `mask` (B, T) or None; `position_ids` (B, T) restarting at 0, `cu_seq_lens_q` (n + 1,)
-    with B = 1, or `seq_idx` (B, T) describe packed documents. `continues` says that a cache holds earlier tokens; then
-    `position_ids` do not mark packing. Raises `ValueError` when a shape does not fit.
+    `tokens` are ids (B, T) or embeddings (B, T, C); `mask` (B, T) or None; `position_ids` (B, T) restarting at 0,
+    `cu_seq_lens_q` (n + 1,) with B = 1, or `seq_idx` (B, T) describe packed documents. `continues` says that a cache
+    holds earlier tokens; then `position_ids` do not mark packing. Raises `ValueError` when a shape does not fit.
     """
-    B, T, _ = inputs_embeds.shape
-    starts = _document_starts(inputs_embeds, mask, position_ids, continues, cu_seq_lens_q, seq_idx)
+    B, T = tokens.shape[:2]
+    starts = _document_starts(tokens, mask, position_ids, continues, cu_seq_lens_q, seq_idx)
     if mask is None and starts is None:
         return SequencePlan()
-    valid = torch.ones(B, T, dtype=torch.bool, device=inputs_embeds.device) if mask is None else mask.bool()
+    valid = torch.ones(B, T, dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
     # Time index + 2: 0 is the carried state, 1 the zeros before a document.
     index = torch.arange(2, T + 2, device=valid.device).expand(B, T)
     newest = torch.where(valid, index, 0).cummax(1).values
@@ -62,13 +69,13 @@ def plan_sequences(inputs_embeds, mask, position_ids=None, continues=False, cu_s
     return plan._replace(cu_seqlens=bounds, first=final - per_row + 1, final=final)
 
 
-def _document_starts(inputs_embeds, mask, position_ids, continues, cu_seq_lens_q, seq_idx):
+def _document_starts(tokens, mask, position_ids, continues, cu_seq_lens_q, seq_idx):
     """Where documents begin inside the rows, (B, T) bool; None if nowhere. A row's first token never begins one."""
-    B, T, _ = inputs_embeds.shape
+    B, T = tokens.shape[:2]
     if cu_seq_lens_q is not None:
         if B != 1:
             raise ValueError(f"cu_seq_lens_q describes one packed row, the batch has {B} rows")
-        starts = torch.zeros(1, T + 1, dtype=torch.bool, device=inputs_embeds.device)
+        starts = torch.zeros(1, T + 1, dtype=torch.bool, device=tokens.device)
         starts[0, cu_seq_lens_q.long()] = True
         starts[0, 0] = False
         return starts[:, :T]
@@ -107,6 +114,39 @@ def token_shift(x, carried, plan: SequencePlan):
     return padded[rows.unsqueeze(1), plan.source], padded[rows, plan.last]
 
 
+def runs_in_slices(tokens, plan: SequencePlan, blocks) -> bool:
+    """Whether a batch of ids or embeddings is long, nobody differentiates or watches the blocks, and rows are plain."""
+    B, T = tokens.shape[:2]
+    return (
+        not is_torchdynamo_compiling()
+        and B * T > SLICE_TOKENS
+        and T > 1
+        and not torch.is_grad_enabled()
+        and plan.cu_seqlens is None
+        and not any(block._forward_hooks or block._forward_pre_hooks for block in blocks)
+    )
+
+
+def run_slices(run, tokens, mask, keep: int):
+    """One slice of time after the other through `run(tokens, plan)`, which carries the state, in constant memory.
+
+    `tokens` are ids (B, T) or embeddings (B, T, C), `mask` (B, T) or None. Returns what `run` made of the last `keep`
+    tokens, 0 for all.
+    """
+    B, T = tokens.shape[:2]
+    length, first = max(1, SLICE_TOKENS // B), T - (keep or T)
+    kept = []
+    for begin in range(0, T, length):
+        real = None if mask is None else mask[:, begin : begin + length]
+        if real is not None and bool(real.all()):
+            real = None
+        part = tokens[:, begin : begin + length]
+        out = run(part, plan_sequences(part, real))
+        if begin + length > first:
+            kept.append(out[:, max(0, first - begin) :])
+    return torch.cat(kept, 1)
+
+
 def check_inputs(
     config, embeddings, input_ids, inputs_embeds, attention_mask, position_ids, cu_seq_lens_q, past_key_values
 ):
@@ -141,7 +181,10 @@ def check_inputs(
         if bounds[0] != 0 or bounds[-1] != T or bounds != sorted(bounds):
             raise ValueError(f"cu_seq_lens_q must rise from 0 to the number of tokens, {T}; got {bounds}")
     if input_ids is not None and input_ids.device.type == "cpu" and not is_torchdynamo_compiling():
-        low, high = (int(x) for x in input_ids.aminmax())
+        # A few ids are compared faster as Python numbers.
+        few = input_ids.numel() <= 16
+        ids = input_ids.flatten().tolist() if few else [int(x) for x in input_ids.aminmax()]
+        low, high = min(ids), max(ids)
         if low < 0 or high >= config.vocab_size:
             wrong = low if low < 0 else high
             raise ValueError(f"token id {wrong} is outside of the vocabulary, 0 to {config.vocab_size - 1}")
