@@ -183,3 +183,24 @@ def test_infinity_and_nan_are_passed_on():
             model.model.layers[1].ffn.key.weight[5] = bad
         logits, _ = decode(model, random_ids(2, 2))
         assert logits.isnan().all()
+
+
+STEPS = """
+import torch, wkv
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache
+
+torch.set_num_threads(2)
+sizes = {"vocab_size": 256, "hidden_size": 768, "intermediate_size": 768, "num_hidden_layers": 12}
+model = AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv7", **sizes)).bfloat16().eval()
+cache, ids = DynamicCache(config=model.config), torch.ones(8, 1, dtype=torch.long)
+with torch.no_grad():
+    for _ in range(10_000):
+        model(ids, past_key_values=cache)
+"""
+
+
+@pytest.mark.slow
+def test_threads_wake_each_other():
+    """A wake-up that is missed, once in some thousand steps, is a process that sleeps for ever."""
+    subprocess.run([sys.executable, "-c", STEPS], check=True, timeout=600)

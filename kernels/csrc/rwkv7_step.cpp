@@ -88,7 +88,7 @@ class Schedule {
             const int64_t* bounds = &bounds_[phase][part - first];
             kernels().run(step_, which, layer, bounds[0], bounds[1], local);
             if (which == kValue) add_in_turn(layer, part - first, local);
-            const int64_t done = done_.fetch_add(1, std::memory_order_acq_rel) + 1;
+            const int64_t done = done_.fetch_add(1) + 1;
             if (done == first + n_parts(phase)) done_.notify_all();
         }
     }
@@ -100,7 +100,8 @@ class Schedule {
         const int64_t turn = layer * n_parts(kValue) + part;
         wait_until(added_, turn);
         kernels().add(step_, layer, local);
-        added_.store(turn + 1, std::memory_order_release);
+        // Not a mere store: it must be seen before notify_all looks for waiting threads, or one could sleep for ever.
+        added_.fetch_add(1);
         added_.notify_all();
     }
 

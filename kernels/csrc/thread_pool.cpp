@@ -45,7 +45,7 @@ class Pool {
         next_.store(0, std::memory_order_relaxed);
         state_.store(static_cast<uint32_t>(helpers) << 16, std::memory_order_release);
         for (int64_t i = 0; i < helpers; ++i) {
-            workers_[i]->wake.fetch_add(1, std::memory_order_release);
+            workers_[i]->wake.fetch_add(1);
             workers_[i]->wake.notify_one();
         }
         work();
@@ -84,7 +84,7 @@ class Pool {
             seen = wait_change(worker->wake, seen);
             if (!join()) continue;
             work();
-            if ((state_.fetch_sub(1, std::memory_order_acq_rel) & kActive) == 1) state_.notify_one();
+            if ((state_.fetch_sub(1) & kActive) == 1) state_.notify_one();
         }
     }
 
