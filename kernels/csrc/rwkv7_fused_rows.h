@@ -123,10 +123,6 @@ WKV_INLINE Vec total(Vec x) {
     return x;
 }
 
-WKV_INLINE Vec sigmoid(Vec x) {
-    return 1.0f / (1.0f + exp(-x));
-}
-
 WKV_INLINE void add_to(float* sum, Vec x) {
     store(sum, load(sum) + x);
 }

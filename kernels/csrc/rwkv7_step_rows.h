@@ -24,10 +24,6 @@ WKV_INLINE float sum(Vec x) {
     return x[0];
 }
 
-WKV_INLINE Vec sigmoid(Vec x) {
-    return 1.0f / (1.0f + exp(-x));
-}
-
 WKV_INLINE Vec tanh(Vec x) {
     return 1.0f - 2.0f / (1.0f + exp(x + x));
 }

@@ -103,6 +103,10 @@ WKV_INLINE Vec exp(Vec x) {
     return x < low ? Vec{} : (x > high ? Vec{} + __builtin_inff() : y);
 }
 
+WKV_INLINE Vec sigmoid(Vec x) {
+    return 1.0f / (1.0f + exp(-x));
+}
+
 WKV_INLINE uint32_t bits_of(float x) {
     uint32_t bits;
     __builtin_memcpy(&bits, &x, sizeof bits);

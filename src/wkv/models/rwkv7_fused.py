@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .rwkv_common import autocast_dtype
 from .rwkv_sequences import token_shift
 
 # Where they are missing, wkv7.py says so.
@@ -45,10 +46,7 @@ def shift_mix(x, carried, plan, mixes):
     # The cache is overwritten in place, autograd still needs what the forward saw.
     if before is carried is not None and torch.is_grad_enabled():
         before = before.clone()
-    device = x.device.type
-    # The meta device knows no autocast.
-    dtype = torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else x.dtype
-    return compiled.shift_mix(x, before, mixes, dtype), last
+    return compiled.shift_mix(x, before, mixes, autocast_dtype(x) or x.dtype), last
 
 
 def plain_shift_mix(x, carried, plan, mixes):

@@ -21,6 +21,7 @@ from torch import nn
 from .rwkv7_fused import Rwkv7GroupNorm
 from .rwkv7_memory_order import by_hidden_unit
 from .rwkv_cache import RwkvCacheLayer
+from .rwkv_common import is_plain_linear
 
 # Where they are missing, wkv7.py says so.
 try:
@@ -35,30 +36,17 @@ MAX_ROWS = 16
 MAX_ROWS_OF_HEAD = {torch.float32: 16, torch.bfloat16: 9, torch.float16: 16}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LORAS = {"w": nn.Tanh, "a": nn.Identity, "v": nn.Identity, "g": nn.Sigmoid}
-LINEAR_FORWARD = nn.Linear.forward
 
 
 def linear_of_few_rows(linear: nn.Module, x):
     """`linear(x)`, with each weight read once where x (..., C) has few rows and nothing but the product is wanted."""
     if not _is_plain_inference(x) or x.numel() > MAX_ROWS_OF_HEAD[x.dtype] * x.shape[-1]:
         return linear(x)
-    if not _is_plain_linear(linear, x):
+    if not is_plain_linear(linear) or linear.weight.dtype != x.dtype:
+        return linear(x)
+    if not linear.weight.is_cpu or not linear.weight.is_contiguous():
         return linear(x)
     return compiled_linear.few_rows_linear(x.reshape(-1, x.shape[-1]), linear.weight).view(*x.shape[:-1], -1)
-
-
-def _is_plain_linear(linear, x) -> bool:
-    return (
-        type(linear) is nn.Linear
-        and linear.bias is None
-        and type(linear.weight) is nn.Parameter
-        and linear.weight.dtype == x.dtype
-        and linear.weight.is_cpu
-        and linear.weight.is_contiguous()
-        and not (linear._forward_hooks or linear._forward_pre_hooks)
-        and "forward" not in linear.__dict__
-        and nn.Linear.forward is LINEAR_FORWARD
-    )
 
 
 def _is_plain_inference(x) -> bool:

@@ -5,7 +5,9 @@ import json
 import re
 from collections import Counter
 
+import torch
 from safetensors import safe_open
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import (
@@ -30,6 +32,30 @@ HUB_ARGUMENTS = (
     "token",
     "_commit_hash",
 )
+
+
+LINEAR_FORWARD = nn.Linear.forward
+
+
+def is_plain_linear(module) -> bool:
+    """Whether calling the module is the product with its weight and nothing else: no bias, hook or adapter."""
+    return (
+        type(module) is nn.Linear
+        and module.bias is None
+        and type(module.weight) is nn.Parameter
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and "forward" not in module.__dict__
+        and nn.Linear.forward is LINEAR_FORWARD
+    )
+
+
+def autocast_dtype(x) -> torch.dtype | None:
+    """The dtype that autocast gives to products on the device of x; None where it is off."""
+    device = x.device.type
+    # The meta device knows no autocast.
+    enabled = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else None
 
 
 def no_cache_in_training(forward):

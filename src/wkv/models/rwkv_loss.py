@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 from transformers.utils import is_torchdynamo_compiling
 
+from .rwkv_common import autocast_dtype, is_plain_linear
+
 # Where it is missing, wkv7.py says so.
 try:
     from wkv_kernels.cross_entropy import cross_entropy as compiled_cross_entropy
@@ -26,12 +28,11 @@ CHUNK_BYTES = 2**26
 # Rows of W whose gradient is made at a time, where it then adds to float32 sums: it stays in the caches meanwhile.
 BLOCK_ROWS = 4096
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
-LINEAR_FORWARD = nn.Linear.forward
 
 
 def may_defer(model, hidden) -> bool:
     """Whether a training forward wants nothing of the model's head but the product of hidden states and weight."""
-    head, autocast = model.lm_head, _autocast_dtype(hidden)
+    head, autocast = model.lm_head, autocast_dtype(hidden)
     return (
         model.training
         and torch.is_grad_enabled()
@@ -39,25 +40,13 @@ def may_defer(model, hidden) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and type(hidden) is torch.Tensor
         and not hidden.is_meta
-        and type(head) is nn.Linear
-        and nn.Linear.forward is LINEAR_FORWARD
-        and "forward" not in head.__dict__
-        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
-        and head.bias is None
-        and type(head.weight) is nn.Parameter
+        and is_plain_linear(head)
         and head.weight.shape[0] == model.config.vocab_size
         and head.weight.device == hidden.device
         and {hidden.dtype, head.weight.dtype} <= DTYPES
         and (hidden.dtype == head.weight.dtype or autocast is not None)
         and (hidden.requires_grad or head.weight.requires_grad)
     )
-
-
-def _autocast_dtype(hidden):
-    device = hidden.device.type
-    # The meta device knows no autocast.
-    enabled = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if enabled else None
 
 
 def plain_cross_entropy(logits, targets, pull=0.0):
@@ -137,7 +126,7 @@ class _WeightGradient:
 
 def deferred_logits(hidden, weight):
     """The logits hidden weight^T (..., V), computed when something reads them; gradients flow as always."""
-    return _Defer.apply(hidden, weight, _autocast_dtype(hidden) or hidden.dtype)
+    return _Defer.apply(hidden, weight, autocast_dtype(hidden) or hidden.dtype)
 
 
 class _Defer(torch.autograd.Function):

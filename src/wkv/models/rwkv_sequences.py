@@ -181,10 +181,7 @@ def check_inputs(
         if bounds[0] != 0 or bounds[-1] != T or bounds != sorted(bounds):
             raise ValueError(f"cu_seq_lens_q must rise from 0 to the number of tokens, {T}; got {bounds}")
     if input_ids is not None and input_ids.device.type == "cpu" and not is_torchdynamo_compiling():
-        # A few ids are compared faster as Python numbers.
-        few = input_ids.numel() <= 16
-        ids = input_ids.flatten().tolist() if few else [int(x) for x in input_ids.aminmax()]
-        low, high = min(ids), max(ids)
+        low, high = (int(x) for x in input_ids.aminmax())
         if low < 0 or high >= config.vocab_size:
             wrong = low if low < 0 else high
             raise ValueError(f"token id {wrong} is outside of the vocabulary, 0 to {config.vocab_size - 1}")
