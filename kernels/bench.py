@@ -35,6 +35,7 @@ MODELS = {
     "rwkv": ("rwkv", "bench_contenders.Rwkv"),
     "rwkv7-hf": ("rwkv7-hf", "bench_contenders.Rwkv7Hf"),
     "Llama": ("transformers", "bench_contenders.Llama"),
+    "native RWKV-4": ("transformers", "bench_contenders.NativeRwkv4"),
 }
 # In this order: an interrupted run leaves the comparisons with the other programs.
 PARTS = {
@@ -43,6 +44,7 @@ PARTS = {
     "large": parts.large,
     "context": parts.context,
     "training": parts.training,
+    "generations": parts.generations,
 }
 LEGEND = """\
 A number is the median of the turns; after a colon, how many times faster `wkv` is, median and range of the turns. A

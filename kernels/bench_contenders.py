@@ -175,11 +175,36 @@ class Llama(HuggingFace):
         return [layer.keys, layer.values]
 
 
+class NativeRwkv4(HuggingFace):
+    """The RWKV-4 of transformers itself, whose cache is called `state`."""
+
+    def __init__(self, shape: Shape, official: Path, folder: Path, dtype: str):
+        from transformers.models.rwkv.modeling_rwkv import RwkvForCausalLM
+
+        super().__init__(RwkvForCausalLM.from_pretrained(folder, dtype=dtype))
+
+    def prefill(self, ids: list[int]) -> float:
+        with torch.inference_mode():
+            start = time.perf_counter()
+            output = self.model.eval()(torch.tensor([ids]), use_cache=True)
+            seconds = time.perf_counter() - start
+        self.cache, self.next = output.state, output.logits[:, -1]
+        return seconds
+
+    def decode(self, count: int) -> float:
+        with torch.inference_mode():
+            start = time.perf_counter()
+            for _ in range(count):
+                output = self.model(self.next.argmax(-1, keepdim=True), state=self.cache, use_cache=True)
+                self.cache, self.next = output.state, output.logits[:, -1]
+            return time.perf_counter() - start
+
+
 class Rwkv:
     """The official `rwkv` package, TorchScript on, as its README runs it on a CPU."""
 
     def __init__(self, shape: Shape, official: Path, folder: Path, dtype: str):
-        os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="1", RWKV_CUDA_ON="0")
+        os.environ.update(RWKV_V7_ON=str(int(shape.version == "7")), RWKV_JIT_ON="1", RWKV_CUDA_ON="0")
         from rwkv.model import RWKV
 
         strategy = {"float32": "cpu fp32", "bfloat16": "cpu bf16"}[dtype]

@@ -1,6 +1,6 @@
-"""The forms of the RWKV-7 operator that `bench.py` compares, in one process.
+"""The forms of the WKV operators that `bench.py` compares, in one process.
 
-Letters: B batch, T tokens, H heads, K key and V value channels of a head; n tokens of a chunk.
+Letters: B batch, T tokens, H heads, K key and V value channels of a head; n tokens of a chunk. wkv4 has H K channels.
 """
 
 import time
@@ -8,25 +8,22 @@ import time
 import torch
 import torch.nn.functional as F
 
-from wkv.models import wkv7
+from wkv.models import wkv4, wkv6, wkv7
 
 
-class Wkv7:
-    """Forms of the RWKV-7 operator at B = 1, on inputs like those of a trained model, fp32."""
+class Operator:
+    """Forms of one operator at B = 1, on inputs like those of a trained model, fp32."""
 
-    def __init__(self, T: int, H: int, K: int):
+    def __init__(self, op: str, T: int, H: int, K: int):
         generator = torch.Generator().manual_seed(0)
-        r, k, v, x, y, z = torch.randn(6, 1, T, H, K, generator=generator)
-        kk = F.normalize(x, dim=-1)
-        log_w = -0.6065 * torch.sigmoid(y)
-        self.inputs = [r, log_w, k * 0.3, v, -kk, kk * torch.sigmoid(z)]
-        self.gradient = torch.randn(v.shape, generator=generator)
-        self.forms = {
-            "compiled": wkv7.wkv7,
-            "chunked": wkv7.chunk_wkv7,
-            "naive chunks": naive_chunkwise_wkv7,
-            "loop": wkv7.naive_recurrent_wkv7,
-        }
+        self.forms, draw_inputs = OPERATORS[op]
+        self.inputs = draw_inputs(lambda *shape: torch.randn(*shape, generator=generator), T, H, K)
+        # The fourth has the shape of o everywhere.
+        self.gradient = torch.randn(self.inputs[3].shape, generator=generator)
+
+    def names(self) -> list[str]:
+        """The forms, the compiled one first, the loop last."""
+        return list(self.forms)
 
     def step(self, form: str) -> float:
         """Forward and backward of one form."""
@@ -36,10 +33,34 @@ class Wkv7:
         o.backward(self.gradient)
         return time.perf_counter() - start
 
+    def forward(self, form: str) -> float:
+        """Forward alone."""
+        with torch.no_grad():
+            start = time.perf_counter()
+            self.forms[form](*self.inputs)
+            return time.perf_counter() - start
+
     def error(self, form: str) -> float:
         """Largest difference between the output of a form and that of the loop."""
         with torch.no_grad():
             return (self.forms[form](*self.inputs)[0] - self.forms["loop"](*self.inputs)[0]).abs().max().item()
+
+
+def _wkv4(draw, T: int, H: int, K: int) -> list:
+    log_w, u, k, v = -torch.exp(draw(1, 1, H * K) - 2), draw(H * K), draw(1, T, H * K), draw(1, T, H * K)
+    return [log_w, u, k, v]
+
+
+def _wkv6(draw, T: int, H: int, K: int) -> list:
+    r, k, v, raw = draw(4, 1, T, H, K)
+    return [r, -torch.exp(raw - 3), draw(H, K), k * 0.3, v]
+
+
+def _wkv7(draw, T: int, H: int, K: int) -> list:
+    r, k, v, x, y, z = draw(6, 1, T, H, K)
+    kk = F.normalize(x, dim=-1)
+    log_w = -0.6065 * torch.sigmoid(y)
+    return [r, log_w, k * 0.3, v, -kk, kk * torch.sigmoid(z)]
 
 
 def naive_chunkwise_wkv7(r, log_w, k, v, a, b, n: int = 16):
@@ -71,3 +92,19 @@ def naive_chunkwise_wkv7(r, log_w, k, v, a, b, n: int = 16):
         outputs.append(A["rk"][N] @ v[N] + A["rb"][N] @ U + (r[N] * c[N].exp()) @ S)
         S = S * c[N, ..., -1, :, None].exp() + (k[N] * rest[N]).mT @ v[N] + (b[N] * rest[N]).mT @ U
     return torch.stack(outputs).permute(1, 0, 3, 2, 4).flatten(1, 2), S
+
+
+# By operator: its forms, the compiled one and the definition among them, and its inputs.
+OPERATORS = {
+    "wkv4": ({"compiled": wkv4.wkv4, "scan": wkv4.scan_wkv4, "loop": wkv4.naive_recurrent_wkv4}, _wkv4),
+    "wkv6": ({"compiled": wkv6.wkv6, "chunked": wkv6.chunk_wkv6, "loop": wkv6.naive_recurrent_wkv6}, _wkv6),
+    "wkv7": (
+        {
+            "compiled": wkv7.wkv7,
+            "chunked": wkv7.chunk_wkv7,
+            "naive chunks": naive_chunkwise_wkv7,
+            "loop": wkv7.naive_recurrent_wkv7,
+        },
+        _wkv7,
+    ),
+}

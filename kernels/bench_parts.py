@@ -11,13 +11,14 @@ import bench_chart
 import bench_tables as tables
 import psutil
 from bench_process import Absent, Contender
-from bench_weights import SHAPES, ZEROS, Shape
+from bench_weights import SHAPES, ZEROS, Shape, other_generations
 
 FORMS = {
     "compiled": "compiled (`wkv_kernels`)",
-    "chunked": "chunked, plain PyTorch (`chunk_wkv7`)",
+    "scan": "scan, plain PyTorch (`scan_{op}`)",
+    "chunked": "chunked, plain PyTorch (`chunk_{op}`)",
     "naive chunks": "naive chunks, plain PyTorch",
-    "loop": "loop over tokens (`naive_recurrent_wkv7`)",
+    "loop": "loop over tokens (`naive_recurrent_{op}`)",
 }
 # Nearly none of the feed-forward activations zero, instead of the share ZEROS.
 DENSE = 0.001
@@ -45,7 +46,7 @@ BOTH = tuple(tables.DTYPES)
 FULL = Plan(
     shape=SHAPES["191m"],
     large=SHAPES["1.5b"],
-    parts=("operator", "inference", "large", "context", "training"),
+    parts=("operator", "inference", "large", "context", "training", "generations"),
     opponents=("rwkv", "rwkv7-hf", "Llama"),
     operator=(512, 12),
     prompt=512,
@@ -79,22 +80,27 @@ PLANS = {"191m": (FULL, QUICK), "tiny": (TINY, TINY)}
 
 
 def operator(bench) -> None:
-    """Forward and backward of the operator alone, all forms in one process."""
+    """Forward and backward of the operators alone, all forms of one in one process."""
     T, H = bench.plan.operator
-    process = Contender("wkv", "bench_operator.Wkv7", T, H, 64)
     rounds = 2 * bench.plan.rounds - 1
-    samples = bench.take_turns("operator", rounds, {form: (process, "step", form) for form in FORMS})
-    errors = {form: process.call("error", form) for form in FORMS}
-    process.close()
-    title = f"`wkv7`, forward + backward, B=1 T={T} H={H} K=64, fp32"
-    bench.show(tables.heading(title, "ms", "compiled is faster by", "output differs from the loop by"))
-    for form, name in FORMS.items():
+    for op in ("wkv4", "wkv6", "wkv7"):
+        process = Contender("wkv", "bench_operator.Operator", op, T, H, 64)
+        forms = process.call("names") or []
+        title = f"`{op}`, forward + backward, B=1 T={T} H={H} K=64, fp32"
+        columns = "ms", "ns a token and head", "compiled is faster by", "output differs from the loop by"
+        bench.show(tables.heading(title, *columns))
+        samples = bench.take_turns(f"operator {op}", rounds, {form: (process, "step", form) for form in forms})
+        errors = {form: process.call("error", form) for form in forms}
+        process.close()
         if process.problem:
-            bench.show(tables.line(name, process.problem, "", ""))
+            bench.show(tables.line(FORMS["compiled"], process.problem, "", "", ""))
             continue
-        milliseconds = tables.number(1e3 * statistics.median(samples[form]))
-        ratio = "" if form == "compiled" else tables.ratio(samples[form], samples["compiled"])
-        bench.show(tables.line(name, milliseconds, ratio, "" if form == "loop" else f"{errors[form]:.0e}"))
+        for form in forms:
+            seconds = statistics.median(samples[form])
+            ratio = "" if form == "compiled" else tables.ratio(samples[form], samples["compiled"])
+            times = tables.number(1e3 * seconds), tables.number(1e9 * seconds / (T * H))
+            error = "" if form == "loop" else f"{errors[form]:.0e}"
+            bench.show(tables.line(FORMS[form].format(op=op), *times, ratio, error))
 
 
 def inference(bench) -> None:
@@ -282,3 +288,28 @@ def _training_row(bench, names, group: dict, T: int, dtype: str, rounds: int, wa
         speed = tables.speed(T, samples[name], samples["wkv"] if name != "wkv" else None)
         cells.append(f"{speed}; {tables.size(group[name].peak)}")
     bench.show(tables.line(f"T = {T}, {tables.DTYPES[dtype]}", *cells))
+
+
+def generations(bench) -> None:
+    """RWKV-4, 5 and 6 at the size of the smallest models: prompt, decoding, training step."""
+    plan, names = bench.plan, ("wkv", "rwkv", "native RWKV-4")
+    bench.show("\n" + tables.heading("tokens per second, other generations", *map(tables.column, names)))
+    for shape in other_generations(plan.shape):
+        for dtype in BOTH:
+            group = bench.start(names if shape.version == "4" else names[:2], shape, dtype)
+            works = {
+                f"prefill, {plan.prompt} tokens": ("prefill", _ids(shape, plan.prompt), plan.prompt),
+                "decode, batch 1": ("decode", plan.tokens, plan.tokens),
+                f"training step, T = {plan.prompt}": ("train", _ids(shape, plan.prompt), plan.prompt),
+            }
+            for title, (method, argument, tokens) in works.items():
+                able = {name: contender for name, contender in group.items() if (name, method) != ("rwkv", "train")}
+                calls = {name: (contender, method, argument) for name, contender in able.items()}
+                samples = bench.take_turns(f"RWKV-{shape.version} {title}", max(2, plan.rounds // 2 + 1), calls)
+                cells = {name: "-" for name in names}
+                for name, contender in able.items():
+                    ours = samples["wkv"] if name != "wkv" else None
+                    cells[name] = contender.problem or tables.speed(tokens, samples[name], ours)
+                short = tables.DTYPES[dtype]
+                bench.show(tables.line(f"RWKV-{shape.version} {shape.name}, {title}, {short}", *cells.values()))
+            _close(group)

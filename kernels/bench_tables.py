@@ -52,8 +52,8 @@ def column(name: str) -> str:
     """The head of a contender's column, with its version."""
     if name == "llama.cpp":
         return f"llama.cpp of `{bench_llama_cpp.PACKAGE}` {bench_llama_cpp.version()}"
-    if name == "Llama":
-        return f"Llama in {_version('transformers')}"
+    if name in ("Llama", "native RWKV-4"):
+        return f"{name} in {_version('transformers')}"
     return _version(name)
 
 

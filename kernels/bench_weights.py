@@ -18,7 +18,7 @@ ZEROS = 0.86
 class Shape:
     """Sizes of a model: D, L, V, F, F of the Llama with as many parameters, the ranks of w, a, v, g; its dtype on disk.
 
-    `official` keeps the weights as an official `.pth` as well, for the `rwkv` package.
+    `official` keeps the weights as an official `.pth` as well, for the `rwkv` package; `version` is that of RWKV.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Shape:
     ranks: tuple[int, int, int, int] = (64, 64, 32, 128)
     dtype: str = "float32"
     official: bool = True
+    version: str = "7"
 
     @property
     def value(self) -> int:
@@ -52,11 +53,24 @@ SHAPES = {
     "1.5b": Shape("1.5b", 2048, 24, 65536, 8192, 0, (96, 96, 64, 256), "bfloat16", official=False),
     "tiny": Shape("tiny", 128, 2, 1024, 512, 448),
 }
+# The other generations at the width and depth of 191m, and of tiny.
+FEED_FORWARD = {"4": 4.0, "5.2": 3.5, "6": 3.5}
+
+
+def other_generations(shape: Shape) -> list[Shape]:
+    """RWKV-4, 5.2 and 6 of the same width, depth and vocabulary."""
+    return [
+        dataclasses.replace(
+            shape, name=f"L{shape.layers}-D{shape.width}", feed_forward=int(factor * shape.width), version=version
+        )
+        for version, factor in FEED_FORWARD.items()
+    ]
 
 
 def checkpoint_paths(shape: Shape, cache: Path) -> tuple[Path, Path]:
     """Where the weights of a shape lie: an official `.pth`, and a folder converted from it."""
-    return cache / "weights" / f"rwkv7-{shape.name}.pth", cache / "weights" / f"rwkv7-{shape.name}"
+    name = f"rwkv{shape.version}-{shape.name}"
+    return cache / "weights" / f"{name}.pth", cache / "weights" / name
 
 
 def is_written(shape: Shape, cache: Path) -> bool:
@@ -88,15 +102,18 @@ def random_weights(shape: Shape) -> dict:
     """Weights with official names for which a share ZEROS of the feed-forward activations relu(x)^2 is zero.
 
     With 1 added to the bias of the norm before the feed-forward, a constant taken from a row of `ffn.key` lowers that
-    hidden unit by D times the constant, whatever the token.
+    hidden unit by D times the constant, whatever the token. Only in RWKV-7: before it, half of them are zero.
     """
     import torch
 
     sys.path.insert(0, str(ROOT / "tests"))
-    from oracle.official import random_official_rwkv7
+    from oracle.official import random_official
 
     D, F, V, dtype = shape.width, shape.feed_forward, shape.vocabulary, getattr(torch, shape.dtype)
-    weights = random_official_rwkv7(L=shape.layers, C=D, N=64, V=V, F=F, ranks=shape.ranks, dtype=dtype)
+    ranks = {"6": (32, 64), "7": shape.ranks}.get(shape.version)
+    weights = random_official(shape.version, L=shape.layers, C=D, N=64, V=V, F=F, ranks=ranks, dtype=dtype)
+    if shape.version != "7":
+        return weights
     deviations = statistics.NormalDist().inv_cdf(ZEROS)
     for layer in range(shape.layers):
         block = f"blocks.{layer}."

@@ -16,6 +16,32 @@ collect_ignore = ["common"]
 
 # Ranks and head count differ from each other and from every other size, so that no two can be mixed up unnoticed.
 TINY = {
+    "rwkv": {
+        "vocab_size": 50,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "attention_hidden_size": 48,
+        "intermediate_size": 96,
+        "context_length": 64,
+    },
+    "rwkv5": {
+        "vocab_size": 50,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "head_size": 16,
+        "intermediate_size": 96,
+        "context_length": 64,
+    },
+    "rwkv6": {
+        "vocab_size": 50,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "head_size": 16,
+        "intermediate_size": 96,
+        "time_mix_extra_dim": 5,
+        "time_decay_extra_dim": 7,
+        "context_length": 64,
+    },
     "rwkv7": {
         "vocab_size": 50,
         "hidden_size": 64,
@@ -59,7 +85,9 @@ def busy_model(model_type: str, auto_class=AutoModelForCausalLM, seed: int = 0, 
     A freshly initialised RWKV is no test subject: its output projections are zero.
     """
     config = tiny_config(model_type, **changes)
-    model = auto_class.from_config(config).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = auto_class.from_config(config).eval()
     return stir(model, seed)
 
 
@@ -77,6 +105,12 @@ def stir(model: torch.nn.Module, seed: int = 0):
             else:
                 p.add_(0.2 * noise)
     return model
+
+
+def time_mix(model: torch.nn.Module, layer: int = 0) -> torch.nn.Module:
+    """The time-mix of a layer, whatever its generation calls it."""
+    block = model.base_model.get_blocks()[layer]
+    return block.attn if hasattr(block, "attn") else block.attention
 
 
 def random_ids(*shape: int, seed: int = 0, vocab_size: int = 50) -> torch.Tensor:

@@ -5,7 +5,7 @@ Letters: B rows, T tokens, C width.
 
 import pytest
 import torch
-from conftest import busy_model, random_ids, tiny_config
+from conftest import TINY, busy_model, random_ids, tiny_config
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
@@ -119,12 +119,19 @@ def cache_of(model, B: int):
 FOREIGN = {
     "layers": ({"num_hidden_layers": 2}, 2, ["past_key_values", "3", "2 layers"]),
     "width": ({"hidden_size": 32}, 2, ["past_key_values", r"\(2, 32, 1\)", r"\(2, 64, 1\)"]),
-    "heads": ({"head_dim": 32}, 2, ["past_key_values", r"\(2, 2, 32, 32\)", r"\(2, 4, 16, 16\)"]),
     "batch": ({}, 3, ["past_key_values", r"\(3, 64, 1\)", r"\(2, 64, 1\)"]),
 }
+HEADS = ["past_key_values", r"\(2, 2, 32, 32\)", r"\(2, 4, 16, 16\)"]
+OTHER_STATE = {
+    "rwkv": ({"attention_hidden_size": 32}, 2, ["past_key_values", r"\(2, 32, 3\)", r"\(2, 48, 3\)"]),
+    "rwkv5": ({"head_size": 32}, 2, HEADS),
+    "rwkv6": ({"head_size": 32}, 2, HEADS),
+    "rwkv7": ({"head_dim": 32}, 2, HEADS),
+}
+FOREIGN_CASES = [(kind, case) for kind in TINY for case in (*FOREIGN.values(), OTHER_STATE[kind])]
 
 
-@pytest.mark.parametrize("case", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("model_type, case", FOREIGN_CASES)
 def test_state_from_elsewhere(model_type, model, case):
     changes, B, words = case
     cache = cache_of(busy_model(model_type, **changes), B)
@@ -152,28 +159,43 @@ def test_model_without_data(model_type):
         model(random_ids(1, 3))
 
 
-# Configuration fields, and the words of the error.
+# Configuration fields, and the words of the error: of all generations, and of each.
 CONFIGS = {
-    "width not divisible": ({"hidden_size": 65}, ["head_dim", "65"]),
-    "heads that do not fit": ({"num_heads": 3, "attention_hidden_size": 64}, ["num_heads", "head_dim", "64"]),
     "no layers": ({"num_hidden_layers": 0}, ["num_hidden_layers", "at least 1"]),
     "negative width": ({"hidden_size": -64}, ["hidden_size"]),
     "no vocabulary": ({"vocab_size": 0}, ["vocab_size", "at least 1"]),
-    "head size of zero": ({"head_dim": 0}, ["head_dim", "at least 1"]),
-    "negative rank": ({"decay_low_rank_dim": -3}, ["decay_low_rank_dim"]),
-    "negative epsilon": ({"norm_eps": -1e-5}, ["norm_eps"]),
     "tied embeddings": ({"tie_word_embeddings": True}, ["tie_word_embeddings", "False"]),
-    "another activation": ({"hidden_act": "silu"}, ["hidden_act", "silu", "sqrelu"]),
-    "attention layers": ({"attn": {"layers": [1]}}, ["attn"]),
-    "no first norm": ({"norm_first": False}, ["norm_first"]),
-    "value width": ({"value_dim": [64, 32, 64]}, ["value_dim", "64"]),
     "text for a number": ({"hidden_size": "64"}, ["hidden_size"]),
     "fraction for a number": ({"num_hidden_layers": 2.5}, ["num_hidden_layers"]),
 }
+BLOCKS = {
+    "negative epsilon": ({"layer_norm_epsilon": -1e-5}, ["layer_norm_epsilon"]),
+}
+HEADED = BLOCKS | {
+    "width not divisible": ({"attention_hidden_size": 65}, ["head_size", "65"]),
+    "head size of zero": ({"head_size": 0}, ["head_size", "at least 1"]),
+}
+OWN_CONFIGS = {
+    "rwkv": BLOCKS | {"another version": ({"architecture_version": 9}, ["architecture_version", "9"])},
+    "rwkv5": HEADED,
+    "rwkv6": HEADED | {"negative rank": ({"time_decay_extra_dim": -3}, ["time_decay_extra_dim"])},
+    "rwkv7": {
+        "width not divisible": ({"hidden_size": 65}, ["head_dim", "65"]),
+        "heads that do not fit": ({"num_heads": 3, "attention_hidden_size": 64}, ["num_heads", "head_dim", "64"]),
+        "head size of zero": ({"head_dim": 0}, ["head_dim", "at least 1"]),
+        "negative rank": ({"decay_low_rank_dim": -3}, ["decay_low_rank_dim"]),
+        "negative epsilon": ({"norm_eps": -1e-5}, ["norm_eps"]),
+        "another activation": ({"hidden_act": "silu"}, ["hidden_act", "silu", "sqrelu"]),
+        "attention layers": ({"attn": {"layers": [1]}}, ["attn"]),
+        "no first norm": ({"norm_first": False}, ["norm_first"]),
+        "value width": ({"value_dim": [64, 32, 64]}, ["value_dim", "64"]),
+    },
+}
+CONFIG_CASES = {f"{kind}-{name}": (kind, case) for kind in TINY for name, case in (CONFIGS | OWN_CONFIGS[kind]).items()}
 
 
-@pytest.mark.parametrize("case", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("model_type, case", CONFIG_CASES.values(), ids=CONFIG_CASES)
 def test_config(model_type, case):
     changes, words = case
     with refuses(*words, kind=(ValueError, StrictDataclassError)):
-        tiny_config(model_type, **changes)
+        type(tiny_config(model_type)).from_dict(TINY[model_type] | changes)

@@ -49,6 +49,20 @@ def test_contenders_run_the_same_weights(name, files, ours, monkeypatch):
     assert ours.next.argmax() == theirs.next.argmax()
 
 
+@pytest.mark.parametrize("shape", bench_weights.other_generations(TINY), ids=lambda shape: shape.version)
+def test_contenders_run_the_same_weights_of_other_generations(shape, tmp_path):
+    bench_weights.write_checkpoint(shape, tmp_path)
+    names = ("wkv", "rwkv", "native RWKV-4") if shape.version == "4" else ("wkv", "rwkv")
+    files = bench_weights.checkpoint_paths(shape, tmp_path)
+    group = [Contender(*bench.MODELS[name], shape, *files, "float32") for name in names]
+    logits = [torch.tensor(contender.call("logits", IDS)) for contender in group]
+    assert all(contender.call("decode", 2) > 0 for contender in group)
+    for contender in group:
+        contender.close()
+    for theirs in logits[1:]:
+        torch.testing.assert_close(theirs, logits[0], atol=1e-4, rtol=0)
+
+
 def test_llama_cpp_runs_the_same_weights(files, ours, monkeypatch):
     if not bench_llama_cpp.library(bench.CACHE):
         pytest.skip(f"no build of llama.cpp in {bench.CACHE}; kernels/bench.py makes one")
@@ -122,15 +136,16 @@ def test_training_is_a_whole_step(ours):
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in ours.model.named_parameters())
 
 
-def test_the_forms_of_the_operator_agree():
-    operator = bench_operator.Wkv7(T=48, H=2, K=16)
+@pytest.mark.parametrize("op", bench_operator.OPERATORS)
+def test_the_forms_of_the_operator_agree(op):
+    operator = bench_operator.Operator(op, T=48, H=2, K=16)
     for form in operator.forms:
         assert operator.error(form) < 1e-5
         assert operator.step(form) > 0
 
 
 def test_naive_chunks_have_the_gradients_of_the_loop():
-    operator = bench_operator.Wkv7(T=32, H=2, K=8)
+    operator = bench_operator.Operator("wkv7", T=32, H=2, K=8)
     gradients = []
     for form in ("naive chunks", "loop"):
         inputs = [t.clone().requires_grad_() for t in operator.inputs]
@@ -214,13 +229,15 @@ def test_a_run_prints_every_row(tmp_path):
     assert result.returncode == 0, result.stderr
     for row in (
         "GB/s with 1",
-        "| loop over tokens",
+        "| loop over tokens (`naive_recurrent_wkv4`)",
         "| prefill, 32 tokens, bf16 |",
         "| decode, batch 1, fp32, none of the FFN zero |",
         "| decode, batch 8 ",
         "| 2048 tokens |",
         "| T = 32, fp32 |",
         "| T = 64, bf16 |",
+        "| RWKV-4 L2-D128, training step, T = 32, bf16 |",
+        "| RWKV-6 L2-D128, decode, batch 1, fp32 |",
     ):
         assert row in result.stdout, result.stdout
     assert "failed" not in result.stdout

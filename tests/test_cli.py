@@ -4,8 +4,6 @@ What concerns the process itself runs in one of its own; the rest calls the entr
 longer than a test.
 """
 
-import contextlib
-import io
 import shutil
 import signal
 import subprocess
@@ -14,43 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import COMMAND, PLAIN, assert_refused, process, wkv
 from conftest import busy_model
 from oracle.official import random_official_rwkv7
 
-from wkv.cli import main
 from wkv.vocabulary import build_tokenizer
-
-COMMAND = [sys.executable, "-c", "import sys; from wkv.cli import main; sys.exit(main())"]
-PLAIN = [
-    sys.executable,
-    "-c",
-    "import sys; sys.modules['wkv_kernels'] = None; from wkv.cli import main; sys.exit(main())",
-]
-
-
-def process(*arguments, command=COMMAND, **options) -> subprocess.CompletedProcess:
-    line = [*command, *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, **options)
-
-
-def wkv(*arguments, input: str = "") -> subprocess.CompletedProcess:
-    """The same without a process of its own."""
-    line, stdout, stderr = ["wkv", *map(str, arguments)], io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-        patch.setattr(sys, "argv", line)
-        patch.setattr(sys, "stdin", io.StringIO(input))
-        code = main()
-    return subprocess.CompletedProcess(line, code, stdout.getvalue(), stderr.getvalue())
-
-
-def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
-    """One line on standard error that holds the words, nothing on standard output, exit code 2."""
-    assert result.returncode == 2, result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-    assert result.stderr.startswith("wkv: ")
-    assert result.stdout == ""
-    for word in words:
-        assert word in result.stderr, result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -138,18 +104,6 @@ def test_demo_compares_with_plain_pytorch(folder, monkeypatch):
     assert other.returncode == 1 and "differ" in other.stderr and "else" in other.stderr
 
 
-def test_chat_answers_each_line_and_reset_forgets(folder):
-    lines = "hello\n/reset\nhello\n\nmore\n/exit\nnever read\n"
-    result = wkv("chat", folder, "--max-new-tokens", 8, "--temperature", 0, "--dtype", "float32", input=lines)
-    assert result.returncode == 0, result.stderr
-    first, _, again = result.stdout.partition("(forgotten)")
-    answers = [part.split("\n\n")[0] for part in (first + again).split("Assistant:")[1:]]
-    assert len(answers) == 3 and len(result.stderr.strip().splitlines()) == 3
-    assert answers[0] == answers[1] != ""
-    end_of_input = wkv("chat", folder, "--max-new-tokens", 2, input="hello\n")
-    assert end_of_input.returncode == 0, end_of_input.stderr
-
-
 def test_convert_there_and_back_is_bit_identical(official, tmp_path):
     hub, back = tmp_path / "hub", tmp_path / "back.pth"
     there = wkv("convert", official, hub, "--no-tokenizer", "--check")
@@ -165,9 +119,14 @@ def test_convert_there_and_back_is_bit_identical(official, tmp_path):
 def test_tokenizer_build_writes_a_folder_that_loads(tmp_path):
     from transformers import AutoTokenizer
 
-    result = wkv("tokenizer", "build", tmp_path / "world")
+    result = wkv("tokenizer", "build", tmp_path / "world", "--chat-template", "g1")
     assert result.returncode == 0, result.stderr
-    assert AutoTokenizer.from_pretrained(tmp_path / "world")("Hello world").input_ids == [33155, 40213]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "world")
+    assert tokenizer("Hello world").input_ids == [33155, 40213] and "enable_thinking" in tokenizer.chat_template
+    result = wkv("tokenizer", "build", tmp_path / "20b", "--20b")
+    assert result.returncode == 0 and result.stdout.endswith("50277 ids\n"), result.stderr
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "20b")
+    assert tokenizer("Hello world").input_ids == [12092, 1533] and "Alice" in tokenizer.chat_template
 
 
 @pytest.mark.parametrize(
@@ -181,6 +140,9 @@ def test_tokenizer_build_writes_a_folder_that_loads(tmp_path):
         (["chat", "/no/such/folder"], ["/no/such/folder"]),
         (["convert", "/no/such/file.pth", "out"], ["/no/such/file.pth"]),
         (["tokenizer", "build", "out", "--vocab", "/no/such/vocab.txt"], ["/no/such/vocab.txt"]),
+        (["tokenizer", "build", "out", "--vocab", "/no/such/vocab.json"], ["/no/such/vocab.json"]),
+        (["tokenizer", "build", "out", "--chat-template", "chatml"], ["chatml"]),
+        (["tokenizer", "build", "out", "--20b", "--vocab", "x"], ["--20b", "--vocab"]),
     ],
     ids=lambda value: "-".join(value).replace("/", "_")[:40],
 )

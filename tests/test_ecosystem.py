@@ -21,7 +21,14 @@ from transformers import (
 from wkv.vocabulary import build_tokenizer
 
 # The linear layers that PEFT adapts unless it is told otherwise.
-LORA_TARGETS = {"r_proj", "k_proj", "v_proj", "o_proj", "key", "value"}
+LORA_TARGETS = {
+    "rwkv": {"time-mix": {"receptance", "key", "value", "output"}, "channel-mix": {"receptance", "key", "value"}},
+    "rwkv7": {"time-mix": {"r_proj", "k_proj", "v_proj", "o_proj"}, "channel-mix": {"key", "value"}},
+}
+LORA_TARGETS["rwkv5"] = LORA_TARGETS["rwkv6"] = {
+    "time-mix": {"receptance", "key", "value", "gate", "output"},
+    "channel-mix": {"receptance", "key", "value"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +74,15 @@ def adapted(model, task: str):
     return model
 
 
-def test_lora_goes_on_the_projections(folder):
+def test_lora_goes_on_the_projections(folder, model_type):
     model = adapted(language_model(folder), "CAUSAL_LM")
-    assert {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name} == LORA_TARGETS
-    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 2 * len(LORA_TARGETS)
+    found = {"time-mix": [], "channel-mix": []}
+    for name, _ in model.named_parameters():
+        if "lora_A" in name:
+            part, module = name.split(".")[-5:-3]
+            found["time-mix" if part.startswith("att") else "channel-mix"].append(module)
+    for part, targets in LORA_TARGETS[model_type].items():
+        assert sorted(found[part]) == sorted(2 * list(targets))
 
 
 def test_lora_trains_what_it_evaluates(folder):

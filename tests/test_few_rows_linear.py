@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from wkv.models import rwkv7_step as fused
+from wkv.models import rwkv_linear
 
 few_rows_linear = pytest.importorskip("wkv_kernels.few_rows_linear").few_rows_linear
 library = pytest.importorskip("wkv_kernels.library")
@@ -117,17 +117,15 @@ def overridden(linear):
 )
 def test_a_module_is_replaced_only_where_it_is_a_product(make, change, used, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        fused.compiled_linear, "few_rows_linear", lambda *args: calls.append(args) or few_rows_linear(*args)
-    )
+    monkeypatch.setattr(rwkv_linear, "few_rows_linear", lambda *args: calls.append(args) or few_rows_linear(*args))
     linear = make(24, 50, bias=False)
     change(linear)
     x = draw(2, 3, 24)
     with torch.no_grad():
-        torch.testing.assert_close(fused.linear_of_few_rows(linear, x), linear(x))
+        torch.testing.assert_close(rwkv_linear.linear_of_few_rows(linear, x), linear(x))
         assert bool(calls) is used
         calls.clear()
         many = draw(2, 9, 24)
-        torch.testing.assert_close(fused.linear_of_few_rows(linear, many), linear(many))
-    assert fused.linear_of_few_rows(linear, x).requires_grad
+        torch.testing.assert_close(rwkv_linear.linear_of_few_rows(linear, many), linear(many))
+    assert rwkv_linear.linear_of_few_rows(linear, x).requires_grad
     assert not calls

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, busy_model, tiny_config
-from oracle.official import random_official_rwkv7
+from oracle.official import random_official
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -49,16 +49,18 @@ def test_weights_stay_in_the_file(model_type, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not_in(file, model) == []
     with torch.no_grad():
-        model.lm_head.weight.zero_()
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight.any()
+        model.get_output_embeddings().weight.zero_()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).get_output_embeddings().weight.any()
 
 
-def test_official_names_copy_only_what_they_transpose(tmp_path):
-    save_file(random_official_rwkv7(L=3, C=128, N=64, V=50), tmp_path / "model.safetensors")
-    tiny_config("rwkv7").save_pretrained(tmp_path)
+@pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
+def test_official_names_copy_only_what_they_transpose(version, tmp_path):
+    save_file(random_official(version, L=3, C=128, N=64, V=50), tmp_path / "model.safetensors")
+    tiny_config("rwkv" if version == "4" else f"rwkv{version[0]}").save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     copied = not_in(tmp_path / "model.safetensors", model)
-    assert copied and all("_lora.lora." in name and name.endswith(".weight") for name in copied)
+    transposed = [name for name in model.state_dict() if "_lora.lora." in name and name.endswith(".weight")]
+    assert sorted(copied) == sorted(transposed) and bool(transposed) == (version == "7")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -89,11 +91,14 @@ def test_a_tensor_costs_what_it_costs_a_llama(model_type, tmp_path):
     assert ours - 9 < len(llama.state_dict()) <= ours
     llama.save_pretrained(tmp_path / "llama")
     seconds = {"ours": [], "llama": []}
+    # So that collecting garbage looks only at what the loading leaves.
+    gc.freeze()
     for _ in range(5):
         for name, times in seconds.items():
             gc.collect()
             start = time.perf_counter()
             AutoModelForCausalLM.from_pretrained(tmp_path / name)
             times.append(time.perf_counter() - start)
+    gc.unfreeze()
     # Other work on the machine only ever adds.
     assert min(seconds["ours"]) <= min(seconds["llama"]), seconds

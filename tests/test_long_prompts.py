@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import assert_close, busy_model, random_ids, states
+from conftest import assert_close, busy_model, random_ids, states, time_mix
 from transformers.cache_utils import DynamicCache
 
 from wkv.models import rwkv_sequences
@@ -24,13 +24,13 @@ def short_slices(monkeypatch):
 @pytest.fixture
 def pieces(model, monkeypatch):
     """How many tokens went through the first block, call by call."""
-    lengths, forward = [], model.model.layers[0].attn.forward
+    lengths, forward = [], time_mix(model).forward
 
     def count(x, *args):
         lengths.append(x.shape[1])
         return forward(x, *args)
 
-    monkeypatch.setattr(model.model.layers[0].attn, "forward", count)
+    monkeypatch.setattr(time_mix(model), "forward", count)
     return lengths
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from wkv.models import modeling_rwkv7, rwkv_loss
+from wkv.models import rwkv_loss, rwkv_models
 from wkv.models.rwkv_loss import DeferredLogits, deferred_logits
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -203,7 +203,7 @@ LABELS = IDS.masked_fill(torch.arange(21) < torch.tensor([[4], [0]]), -100)
 
 def ordinary(monkeypatch, function, *arguments):
     with monkeypatch.context() as context:
-        context.setattr(modeling_rwkv7, "may_defer", lambda *_: False)
+        context.setattr(rwkv_models, "may_defer", lambda *_: False)
         return function(*arguments)
 
 

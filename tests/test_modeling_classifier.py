@@ -44,5 +44,5 @@ def test_classifier_counts_a_final_id_0_that_is_not_padding(classifier):
     ids = torch.cat([text, torch.zeros(5, dtype=torch.long)])[None]
     mask = torch.tensor([[1] * 7 + [0] * 5])
     with torch.no_grad():
-        hidden = classifier.model(text[None]).last_hidden_state
+        hidden = classifier.base_model(text[None]).last_hidden_state
         assert_close(classifier(ids, attention_mask=mask).logits, classifier.score(hidden[:, -1]))

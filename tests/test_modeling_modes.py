@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close, assert_gradients_close, gradients, random_ids, states
+from conftest import assert_close, assert_gradients_close, busy_model, gradients, random_ids, states
 
 T = 21
 LEFT = torch.tensor([[0] * 4 + [1] * 17, [1] * 21])
@@ -34,8 +34,9 @@ def operator(model):
     modelling = sys.modules[type(model).__module__]
     op = next(name for name in dir(modelling) if name.startswith("wkv") and callable(getattr(modelling, name)))
     home = sys.modules[getattr(modelling, op).__module__]
-    kinds = {"dispatching": op, "naive_recurrent": f"naive_recurrent_{op}", "chunk": f"chunk_{op}"}
-    return modelling, op, {kind: getattr(home, name) for kind, name in kinds.items() if hasattr(home, name)}
+    parallel = next(name for name in (f"chunk_{op}", f"scan_{op}") if hasattr(home, name))
+    kinds = {"dispatching": op, "naive_recurrent": f"naive_recurrent_{op}", "parallel": parallel}
+    return modelling, op, {kind: getattr(home, name) for kind, name in kinds.items()}
 
 
 def without_kernels(model, monkeypatch, kind: str):
@@ -44,11 +45,11 @@ def without_kernels(model, monkeypatch, kind: str):
     monkeypatch.setattr(modelling, op, implementations[kind])
     for name, module in list(sys.modules.items()):
         for attribute in dir(module) if name.startswith("wkv.models.") else ():
-            if attribute.startswith("compiled"):
+            if attribute.startswith(("compiled", "few_rows", "wkv_kernels")):
                 monkeypatch.setattr(module, attribute, None)
 
 
-@pytest.mark.parametrize("kind", ["naive_recurrent", "chunk"])
+@pytest.mark.parametrize("kind", ["naive_recurrent", "parallel"])
 def test_kernels_equal_plain_pytorch(own_model, inputs, kind, monkeypatch):
     """What this machine dispatches to against the definition, inside the model: logits, state, gradients."""
     ids, real = random_ids(2, T), inputs.get("attention_mask", torch.ones(2, T)) == 1
@@ -74,7 +75,7 @@ def test_kernels_equal_plain_pytorch_in_half_precision(own_model, dtype, monkeyp
     ids, logits = random_ids(2, T), []
     for kernels in (True, False):
         if not kernels:
-            without_kernels(own_model, monkeypatch, "chunk")
+            without_kernels(own_model, monkeypatch, "parallel")
         with torch.no_grad():
             whole, cache, steps = own_model(ids).logits, None, []
             for t in range(T):
@@ -145,8 +146,9 @@ def test_backward_of_a_forward_on_a_cache(own_model, monkeypatch):
     assert_gradients_close(got, backward(own_model, ids[:, 12:], readout, past_key_values=cache))
 
 
-def test_gradient_reaches_layer_0_through_v_first(own_model):
-    """With layer 0's own output cut off, its value projection still learns."""
+def test_gradient_reaches_layer_0_through_v_first():
+    """In RWKV-7, with layer 0's own output cut off, its value projection still learns."""
+    own_model = busy_model("rwkv7")
     with torch.no_grad():
         own_model.model.layers[0].attn.o_proj.weight.zero_()
     for checkpointing in (False, True):
@@ -179,7 +181,7 @@ def test_hidden_states(model):
         assert len(out.hidden_states) == L + 1
         assert all(h.shape == (2, T, model.config.hidden_size) for h in out.hidden_states)
         assert torch.equal(out.hidden_states[0], model.get_input_embeddings()(ids))
-        assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
+        assert torch.equal(model.get_output_embeddings()(out.hidden_states[-1]), out.logits)
         assert model(ids).hidden_states is None
 
 

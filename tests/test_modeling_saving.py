@@ -3,10 +3,12 @@
 Letters: B rows, T tokens.
 """
 
+import re
+
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from conftest import assert_close, busy_model, random_ids
+from conftest import assert_close, busy_model, random_ids, time_mix
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
@@ -78,7 +80,7 @@ def test_resize_token_embeddings(own_model, tmp_path):
         logits = own_model(ids).logits
     assert logits.shape[-1] == 61 == own_model.config.vocab_size
     assert torch.equal(logits[..., :50], expected)
-    assert own_model.lm_head.weight.data_ptr() != own_model.get_input_embeddings().weight.data_ptr()
+    assert own_model.get_output_embeddings().weight.data_ptr() != own_model.get_input_embeddings().weight.data_ptr()
     own_model(torch.tensor([[60, 3]]))
     own_model.save_pretrained(tmp_path)
     with torch.no_grad():
@@ -94,10 +96,13 @@ def test_device_map(own_model, tmp_path):
         own_model.save_pretrained(tmp_path)
         placed = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
         assert torch.equal(placed(ids).logits, expected)
-        parts = {name: "cpu" for name in ("model.embeddings", "model.norm", "lm_head")}
-        parts |= {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(own_model.config.num_hidden_layers)}
+        # Everything on the CPU but the second block.
+        parts = {name: "cpu" for name, module in own_model.named_modules() if not list(module.children())}
+        inside = re.compile(r"^(\w+\.(?:layers|blocks)\.\d+)\..*")
+        parts = {inside.sub(r"\1", name): place for name, place in parts.items()}
+        parts |= {name: "disk" for name in parts if name.endswith(".1")}
         placed = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=parts, offload_folder=tmp_path / "offload")
-        assert placed.model.layers[1].attn.x_r.is_meta
+        assert next(time_mix(placed, 1).parameters()).is_meta
         assert_close(placed(ids).logits, expected)
         assert placed.generate(ids, max_new_tokens=4).tolist() == own_model.generate(ids, max_new_tokens=4).tolist()
 

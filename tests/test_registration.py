@@ -29,6 +29,9 @@ CASES = {
     "tokenizer-class": "from wkv.models.tokenization_rwkv import RwkvTokenizer",
     "configuration-class": "from wkv.models.configuration_rwkv7 import Rwkv7Config",
     "checkpoints": "from wkv.checkpoints import convert",
+    "gguf": "from wkv.gguf_files import read_gguf",
+    "wkv-then-gguf": "import wkv\nimport transformers.integrations.gguf.gguf_conversion_mapping",
+    "loading": "import wkv.loading",
 }
 # Run after each case: what a user of the auto classes gets for every model type.
 CHECK = """
@@ -42,6 +45,10 @@ for model_type, names in GENERATIONS.items():
     assert got == [name.partition(".")[2] for name in names], got
     tokenizer = transformers.models.auto.tokenization_auto.TOKENIZER_MAPPING[type(config)]
     assert "RwkvTokenizer" in str(tokenizer), tokenizer
+for part, name in {"config": "CONFIG_ARCHS", "conversion": "ARCHS", "tokenizer": "TOKENIZER_TYPES"}.items():
+    mapping = __import__("importlib").import_module(f"transformers.integrations.gguf.gguf_{part}_mapping")
+    wanted = {"rwkv"} if part == "tokenizer" else {"rwkv6", "rwkv7"}
+    assert wanted <= vars(mapping)[f"GGUF_{name}"].keys(), (part, vars(mapping)[f"GGUF_{name}"].keys())
 """
 # Nothing of transformers that a case could be about is imported before the fork.
 PARENT = """
@@ -79,6 +86,22 @@ assert seconds < 0.1, seconds
 from transformers import LlamaForCausalLM
 assert "wkv.models.modeling_rwkv7" in sys.modules
 """
+REPLACES = """
+import logging
+said = []
+handler = logging.Handler()
+handler.emit = lambda record: said.append((record.levelname, record.getMessage()))
+logging.getLogger("wkv").addHandler(handler)
+logging.getLogger("wkv").setLevel(logging.INFO)
+import wkv
+assert said == [], said
+from transformers import AutoConfig, AutoModelForCausalLM, RwkvConfig, RwkvForCausalLM
+wkv.register()
+config = AutoConfig.for_model("rwkv", hidden_size=64, num_hidden_layers=2, vocab_size=50)
+assert type(config) is not RwkvConfig and type(AutoModelForCausalLM.from_config(config)) is not RwkvForCausalLM
+assert type(RwkvForCausalLM(RwkvConfig(hidden_size=64, num_hidden_layers=2, vocab_size=50))) is RwkvForCausalLM
+assert [(level, "`rwkv`" in message) for level, message in said] == [("INFO", True)], said
+"""
 
 
 def run(code: str, **options) -> str:
@@ -99,6 +122,11 @@ def test_every_order_of_imports_registers(subtests):
 def test_importing_wkv_is_cheap():
     """In a process of its own, without the parent's preparations: no torch, no model, and less than 0.1 s."""
     run(CHEAP)
+
+
+def test_taking_over_the_native_class_is_said_once():
+    """At level INFO; transformers' own class stays what it is for those who name it."""
+    run(REPLACES)
 
 
 def test_registering_again_is_harmless():

@@ -27,6 +27,7 @@ from wkv_kernels import rwkv7_fused as kernels
 from wkv_kernels.library import available_isas
 
 from wkv.models import rwkv7_fused as pieces
+from wkv.models import rwkv_fused
 from wkv.models.rwkv_sequences import SequencePlan
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -35,7 +36,7 @@ EPS = 64e-5
 
 def plain_mixes(x, before, mixes, dtype):
     if before is None or before.dim() == 2:
-        return pieces.plain_shift_mix(x, before, SequencePlan(), mixes)[0]
+        return rwkv_fused.plain_shift_mix(x, before, SequencePlan(), mixes)[0]
     return [torch.addcmul(x, before - x, mix) for mix in mixes]
 
 
@@ -60,7 +61,7 @@ DEFINITIONS = {
     "key_stage": plain_key_stage,
     "value_residual": pieces.plain_value_residual,
     "out_stage": plain_out_stage,
-    "relu_squared": pieces.plain_relu_squared,
+    "relu_squared": rwkv_fused.plain_relu_squared,
 }
 CASES = ["mix6", "mix6-carried", "mix3-each", "mix1", "key_stage", "value_residual", "out_stage", "relu_squared"]
 
@@ -245,7 +246,8 @@ def own():
 
 def without_kernels(monkeypatch, function, *arguments, **options):
     with monkeypatch.context() as context:
-        context.setattr(pieces, "compiled", None)
+        for module in (pieces, rwkv_fused):
+            context.setattr(module, "is_compiled", lambda x: False)
         return function(*arguments, **options)
 
 

@@ -46,13 +46,6 @@ SMALL = [
     "x" * 300,
     " " * 200,
 ]
-MESSAGES = [
-    {"role": "system", "content": " Be brief.\r\n\r\nBe kind. "},
-    {"role": "user", "content": "Hi!\n\n\n好。\n"},
-    {"role": "assistant", "content": "One.\n\nTwo. "},
-    {"role": "user", "content": [{"type": "text", "text": "More"}, {"type": "text", "text": "please"}]},
-    {"role": "assistant", "content": "你好。"},
-]
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +178,7 @@ def test_engines_agree_on_every_option(tok, plain, padding, truncation, side, mo
     extras = ["return_offsets_mapping", "return_special_tokens_mask", "return_length", "split_special_tokens"]
     for multiple, extra in itertools.product([None, 4], [[], extras[:3], extras[3:]]):
         more = options | dict.fromkeys(extra, True) | {"pad_to_multiple_of": multiple}
-        for text in [*SMALL, *GOLDEN, with_special, [*SMALL, with_special], ["only"], MESSAGES[1]["content"]]:
+        for text in [*SMALL, *GOLDEN, with_special, [*SMALL, with_special], ["only"], "Hi!\n\n\n好。\n"]:
             assert dict(tok(text, **more)) == dict(plain(text, **more)), (text, more)
     if padding is True or (padding and truncation):
         tensors = [tokenizer(SMALL, **options, return_tensors="pt") for tokenizer in (tok, plain)]
@@ -266,32 +259,6 @@ def test_streaming_never_shows_half_a_character(tok):
         assert len(chunks) > 5
         streamer.end()
         assert "".join(chunks) == text and not any("\ufffd" in chunk for chunk in chunks)
-
-
-def test_chat_template_is_the_official_format(tok, plain):
-    text = tok.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
-    assert text == (
-        "System: Be brief.\nBe kind.\n\nUser: Hi!\n好。\n\nAssistant: One.\n\nTwo.\n\n"
-        "User: More\nplease\n\nAssistant: 你好。\n\nAssistant:"
-    )
-    with pytest.raises(Exception, match="role 'tool' is not one of system, user, assistant"):
-        tok.apply_chat_template([{"role": "tool", "content": "x"}])
-    final = tok.apply_chat_template(MESSAGES[:3], tokenize=False, continue_final_message=True)
-    assert final == text[: text.index("Two.") + 4]
-    assert tok.apply_chat_template(MESSAGES, return_dict=True) == plain.apply_chat_template(MESSAGES, return_dict=True)
-
-
-@pytest.mark.parametrize("answer", ["yo", "<think>\n</think>", "。好", "\n\n\tcode", "", "😀", "(a)\n\n(b)"])
-def test_a_prompt_is_a_prefix_of_prompt_and_answer(tok, answer):
-    prompt = MESSAGES[:2]
-    whole = tok.apply_chat_template(
-        [*prompt, {"role": "assistant", "content": answer}], return_dict=True, return_assistant_tokens_mask=True
-    )
-    start = tok.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-    ids = whole["input_ids"]
-    assert ids[: len(start)] == start
-    assert whole["assistant_masks"] == [0] * len(start) + [1] * (len(ids) - len(start))
-    assert tok.decode(ids[len(start) :]) == f" {answer.strip()}\n\n"
 
 
 def test_copies_pickles_and_forked_workers(tok):

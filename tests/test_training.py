@@ -12,9 +12,9 @@ import torch
 from conftest import assert_gradients_close, gradients, tiny_config
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from wkv.models import modeling_rwkv7
+from wkv.models import rwkv_models
 from wkv.models.modeling_rwkv7 import RWKV7ForCausalLM
 from wkv.models.rwkv_loss import DeferredLogits
 from wkv.training import l2wrap_loss, learning_rate_factor, optimizers, parameter_groups
@@ -30,22 +30,40 @@ def names_by_group(model) -> dict[str, set[str]]:
     return {group["name"]: {names[id(p)] for p in group["params"]} for group in parameter_groups(model, 1e-3)}
 
 
-def test_groups_are_the_official_ones_by_name():
-    groups = names_by_group(tiny_model())
-    assert groups["decay_bias"] == {f"model.layers.{i}.attn.w_lora.lora.2.bias" for i in (0, 1)}
-    matrices = {"model.embeddings.weight", "lm_head.weight"}
-    for i in (0, 1):
-        matrices |= {f"model.layers.{i}.attn.{x}_proj.weight" for x in "rkvo"}
-        matrices |= {f"model.layers.{i}.ffn.{x}.weight" for x in ("key", "value")}
-    assert groups["matrices"] == matrices
-    assert groups["rest"] == {n for n, _ in tiny_model().named_parameters()} - matrices - groups["decay_bias"]
+# Per generation: the groups whose learning rate is raised, as endings of names, and the low-rank matrices.
+FAST = {
+    "rwkv": {"decay": "time_decay", "bonus": "time_first"},
+    "rwkv5": {"decay": "time_decay"},
+    "rwkv6": {"decay": "time_decay"},
+    "rwkv7": {"decay": "w_lora.lora.2.bias"},
+}
+
+
+def test_groups_are_the_official_ones_by_name(model_type):
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type))
+    groups, names = names_by_group(model), [name for name, _ in model.named_parameters()]
+    for group, ending in FAST[model_type].items():
+        fast = {name for name in names if name.endswith(ending)}
+        assert len(fast) == model.config.num_hidden_layers
+        assert groups.pop(group) == fast
+        names = [name for name in names if name not in fast]
+    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    matrices = {name for name in linears if "_lora." not in name} | {f"{model.base_model_prefix}.embeddings.weight"}
+    assert groups == {"matrices": matrices, "rest": set(names) - matrices}
+
+
+@pytest.mark.parametrize("bonus_is_log", [False, True])
+def test_bonus_of_early_rwkv5(bonus_is_log):
+    config = tiny_config("rwkv5", decay_per_head=True, bonus_is_log=bonus_is_log)
+    groups = names_by_group(AutoModelForCausalLM.from_config(config))
+    assert ("bonus" in groups) is bonus_is_log
 
 
 def test_groups_carry_the_official_rates_and_decays():
-    groups = {group["name"]: group for group in parameter_groups(tiny_model(), lr=1e-3, weight_decay=0.1)}
-    assert (groups["matrices"]["lr"], groups["matrices"]["weight_decay"]) == (1e-3, 0.1)
-    assert (groups["decay_bias"]["lr"], groups["decay_bias"]["weight_decay"]) == (2e-3, 0.0)
-    assert (groups["rest"]["lr"], groups["rest"]["weight_decay"]) == (1e-3, 0.0)
+    model = AutoModelForCausalLM.from_config(tiny_config("rwkv"))
+    groups = {group["name"]: group for group in parameter_groups(model, lr=1e-3, weight_decay=0.1)}
+    rates = {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()}
+    assert rates == {"matrices": (1e-3, 0.1), "decay": (2e-3, 0.0), "bonus": (3e-3, 0.0), "rest": (1e-3, 0.0)}
 
 
 def test_frozen_parameters_are_left_out():
@@ -75,9 +93,9 @@ def test_optimizer_has_the_official_constants_and_scheduled_rates():
         rates.append({group["name"]: group["lr"] for group in optimizer.param_groups})
         optimizer.step()
         scheduler.step()
-    assert rates[0] == pytest.approx({"matrices": 1e-5, "decay_bias": 2e-5, "rest": 1e-5})
-    assert rates[2] == pytest.approx({"matrices": 1e-3, "decay_bias": 2e-3, "rest": 1e-3})
-    assert rates[20] == pytest.approx({"matrices": 5e-4, "decay_bias": 1e-3, "rest": 5e-4})
+    assert rates[0] == pytest.approx({"matrices": 1e-5, "decay": 2e-5, "rest": 1e-5})
+    assert rates[2] == pytest.approx({"matrices": 1e-3, "decay": 2e-3, "rest": 1e-3})
+    assert rates[20] == pytest.approx({"matrices": 5e-4, "decay": 1e-3, "rest": 5e-4})
 
 
 @pytest.mark.parametrize("warmup_steps", [-1, 10])
@@ -206,7 +224,7 @@ def test_trainer_makes_no_logits(tmp_path, monkeypatch, loss):
     with monkeypatch.context() as context:
         context.setattr(DeferredLogits, "compute", refuse)
         _, losses = train(tmp_path, 4, 2, steps=4, **options)
-    monkeypatch.setattr(modeling_rwkv7, "may_defer", lambda *_: False)
+    monkeypatch.setattr(rwkv_models, "may_defer", lambda *_: False)
     assert losses == pytest.approx(train(tmp_path, 4, 2, steps=4, **options)[1], rel=1e-3)
 
 
@@ -221,6 +239,6 @@ def test_adapters_and_smoothed_labels(tmp_path, monkeypatch, target, smoothing):
         return train(tmp_path, 4, 2, steps=4, model=model, **options)[1]
 
     losses = learn()
-    monkeypatch.setattr(modeling_rwkv7, "may_defer", lambda *_: False)
+    monkeypatch.setattr(rwkv_models, "may_defer", lambda *_: False)
     assert losses == pytest.approx(learn(), rel=1e-5)
     assert losses[-1] != losses[0]

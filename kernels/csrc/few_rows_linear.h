@@ -6,7 +6,7 @@
 
 #include "isa.h"
 #include "wkv.h"
-#include "wkv7.h"
+#include "wkv_task.h"
 
 namespace wkv {
 

@@ -9,14 +9,6 @@ namespace wkv {
 namespace WKV_SIMD {
 namespace {
 
-// Where the gradients go that sum over the value channels, in the order of their terms.
-struct SummedGradients {
-    const wkv_tensor* tensors[kSummed];
-
-    explicit SummedGradients(const wkv7_backward_args& args)
-        : tensors{&args.grad_r, &args.grad_log_w, &args.grad_k, &args.grad_a, &args.grad_b} {}
-};
-
 // One token as kRows rows see it.
 struct TokenRows {
     // (Kp): the inputs, and the gradients to add to.
@@ -101,9 +93,9 @@ WKV_INLINE void walk_back(const TokenRows& x, int64_t j, int64_t Kp) {
 // The backward pass of one task. States and G have padded(n_v) rows of padded(K) values; the padding stays zero.
 struct Backward {
     const wkv7_backward_args& args;
-    const Wkv7Task& task;
+    const Task& task;
     const int64_t K, Kp, n_v, Vp;
-    float* partial;
+    float* terms;
     Segment x;
     // One row per token of the segment; in `dots`, gv and gsa take turns.
     float *gy, *dots, *summed[kSummed];
@@ -116,14 +108,14 @@ struct Backward {
     // (kSegment + 1, kRows, Kp): the states before each token of the segment and after its last.
     float* states;
 
-    Backward(const wkv7_backward_args& args, const Wkv7Task& task, float* scratch, float* partial)
+    Backward(const wkv7_backward_args& args, const Task& task, float* scratch, float* terms)
         : args(args),
           task(task),
-          K(args.in.K),
+          K(args.in.sizes.K),
           Kp(padded(K)),
           n_v(task.v_end - task.v_begin),
           Vp(padded(n_v)),
-          partial(partial) {
+          terms(terms) {
         x = take_segment(scratch, Kp, Vp);
         gy = take(scratch, kSegment * Vp);
         dots = take(scratch, kSegment * 2 * Vp);
@@ -137,14 +129,11 @@ struct Backward {
 
     void run() {
         run_forward();
-        read_state(G, args.grad_final_state);
+        read_flipped(G, start, args.grad_final_state, args.in.sizes, task);
         for (int64_t begin = (n_segments(task.length) - 1) * kSegment; begin >= 0; begin -= kSegment) {
             const int64_t end = begin + kSegment < task.length ? begin + kSegment : task.length;
             read_segment(x, args.in, task, begin, end);
-            for (int64_t t = begin; t < end; ++t) {
-                const char* from = address(args.grad_o, task.batch, task.first_token + t, task.head, task.v_begin);
-                unpack(gy + (t - begin) * Vp, from, args.grad_o.dtype, n_v, Vp);
-            }
+            read_rows(gy, args.grad_o, task, begin, end, task.v_begin, n_v);
             for (float* g : summed) fill_zero(g, (end - begin) * Kp);
             flip(start, Kp, checkpoints + begin / kSegment * Kp * Vp, Vp, K, Vp);
             if (Kp == 64)
@@ -157,7 +146,7 @@ struct Backward {
                 differentiate<0>(begin, end);
             write_segment(begin, end);
         }
-        if (args.grad_state.data != nullptr) write_state(args.grad_state, G);
+        if (args.grad_state.data != nullptr) write_flipped(args.grad_state, start, G, args.in.sizes, task);
     }
 
     // Tokens [begin, end), forth and back. kLength is the length of a row, 0 where the compiler does not know it.
@@ -204,32 +193,9 @@ struct Backward {
                 G + row * Kp};
     }
 
-    // to (columns, ld_to) = from (rows, ld_from) transposed; both have room up to padded sizes, rows past the end read
-    // as zero.
-    void flip(float* to, int64_t ld_to, float* from, int64_t ld_from, int64_t rows, int64_t columns) {
-        for (int64_t i = rows; i < padded(rows); ++i) fill_zero(from + i * ld_from, columns);
-        for (int64_t i = 0; i < padded(rows); i += kLanes)
-            for (int64_t j = 0; j < columns; j += kLanes)
-                transpose(to + j * ld_to + i, ld_to, from + i * ld_from + j, ld_from);
-    }
-
-    // to (Vp, Kp) from a caller's (K, V); `start` is free at that time.
-    void read_state(float* to, const wkv_state& from) {
-        fill_zero(start, K * Vp);
-        if (from.data != nullptr) copy_rows(start, Vp, address(from, task), args.in.V, K, n_v);
-        flip(to, Kp, start, Vp, K, Vp);
-    }
-
-    void write_state(const wkv_state& to, float* from) {
-        flip(start, Vp, from, Kp, Vp, Kp);
-        copy_rows(address(to, task), args.in.V, start, Vp, K, n_v);
-    }
-
     // The recurrence without its output: fills sa and checkpoints. The last update is of no use.
     void run_forward() {
-        fill_zero(checkpoints, K * Vp);
-        const wkv_state& state = args.in.state;
-        if (state.data != nullptr) copy_rows(checkpoints, Vp, address(state, task), args.in.V, K, n_v);
+        read_state(checkpoints, args.in.state, args.in.sizes, task);
         // Between two checkpoints the state stands in `start`.
         const float* from = checkpoints;
         for (int64_t begin = 0; begin < task.length; begin += kSegment) {
@@ -248,43 +214,25 @@ struct Backward {
     }
 
     void write_segment(int64_t begin, int64_t end) {
-        const SummedGradients to(args);
         // The gradient of the decay becomes that of its logarithm.
         for (int64_t j = 0; j < (end - begin) * Kp; j += kLanes)
             store(summed[1] + j, load(summed[1] + j) * load(x.d + j));
+        const wkv_tensor* const to[] = {&args.grad_r, &args.grad_log_w, &args.grad_k, &args.grad_a, &args.grad_b};
         for (int64_t t = begin; t < end; ++t) {
-            const int64_t token = task.first_token + t, i = t - begin;
-            for (int g = 0; g < kSummed; ++g) {
-                if (partial != nullptr)
-                    copy_rows(partial + ((token * args.in.H + task.head) * kSummed + g) * Kp, Kp, summed[g] + i * Kp,
-                              Kp, 1, Kp);
-                else
-                    pack(address(*to.tensors[g], task.batch, token, task.head, 0), summed[g] + i * Kp,
-                         to.tensors[g]->dtype, K);
-            }
+            const int64_t i = t - begin;
+            write_summed<kSummed>(to, summed, terms, args.in.sizes, task, t, i);
             float* gv = gy + i * Vp;
             for (int64_t j = 0; j < Vp; j += kLanes)
                 store(gv + j, even_lanes(load(dots + 2 * (i * Vp + j)), load(dots + 2 * (i * Vp + j) + kLanes)));
-            pack(address(args.grad_v, task.batch, token, task.head, task.v_begin), gv, args.grad_v.dtype, n_v);
+            write_row(args.grad_v, gv, task, t, task.v_begin, n_v);
         }
     }
 };
 
 }  // namespace
 
-void wkv7_backward(const wkv7_backward_args& args, const Wkv7Task& task, float* scratch, float* partial) {
-    Backward(args, task, scratch, partial).run();
-}
-
-void wkv7_sum_parts(const wkv7_backward_args& args, int64_t batch, int64_t token, int64_t head, float* parts,
-                    int64_t n_parts, int64_t part_size) {
-    const int64_t Kp = padded(args.in.K);
-    const SummedGradients to(args);
-    for (int64_t part = 1; part < n_parts; ++part)
-        for (int64_t i = 0; i < kSummed * Kp; i += kLanes)
-            store(parts + i, load(parts + i) + load(parts + part * part_size + i));
-    for (int g = 0; g < kSummed; ++g)
-        pack(address(*to.tensors[g], batch, token, head, 0), parts + g * Kp, to.tensors[g]->dtype, args.in.K);
+void wkv7_backward(const wkv7_backward_args& args, const Task& task, float* scratch, float* terms) {
+    Backward(args, task, scratch, terms).run();
 }
 
 }  // namespace WKV_SIMD

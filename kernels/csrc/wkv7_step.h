@@ -3,8 +3,8 @@
 // Letters: S state, d = exp(log_w), sa = a S_{t-1}, y = r S_t; ld distance between rows.
 #pragma once
 
-#include "vec.h"
 #include "wkv7.h"
+#include "wkv_rows.h"
 
 namespace wkv {
 namespace WKV_SIMD {
@@ -15,16 +15,6 @@ namespace {
 struct Segment {
     float *r, *d, *k, *b, *a, *v;
 };
-
-float* take(float*& scratch, int64_t n) {
-    float* taken = scratch;
-    scratch += n;
-    return taken;
-}
-
-void fill_zero(float* x, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) x[i] = 0.0f;
-}
 
 Segment take_segment(float*& scratch, int64_t Kp, int64_t Vp) {
     Segment x;
@@ -37,39 +27,16 @@ Segment take_segment(float*& scratch, int64_t Kp, int64_t Vp) {
     return x;
 }
 
-char* address(const wkv_tensor& x, int64_t batch, int64_t token, int64_t head, int64_t channel) {
-    const int64_t size = x.dtype == WKV_FLOAT32 ? 4 : 2;
-    return static_cast<char*>(x.data) + size * (batch * x.batch + token * x.token + head * x.head + channel);
-}
-
-float* address(const wkv_state& x, const Wkv7Task& task) {
-    return x.data + task.state_row * x.batch + task.head * x.head + task.v_begin;
-}
-
 // Tokens [begin, end) of the task, end - begin <= kSegment.
-void read_segment(const Segment& x, const wkv7_inputs& in, const Wkv7Task& task, int64_t begin, int64_t end) {
-    const int64_t K = in.K, Kp = padded(K), n_v = task.v_end - task.v_begin, Vp = padded(n_v);
-    for (int64_t t = begin; t < end; ++t) {
-        const int64_t token = task.first_token + t, row = t - begin;
-        const auto read = [&](float* to, const wkv_tensor& from) {
-            unpack(to + row * Kp, address(from, task.batch, token, task.head, 0), from.dtype, K, Kp);
-        };
-        read(x.r, in.r);
-        read(x.d, in.log_w);
-        read(x.k, in.k);
-        read(x.a, in.a);
-        read(x.b, in.b);
-        unpack(x.v + row * Vp, address(in.v, task.batch, token, task.head, task.v_begin), in.v.dtype, n_v, Vp);
-    }
+void read_segment(const Segment& x, const wkv7_inputs& in, const Task& task, int64_t begin, int64_t end) {
+    const int64_t K = in.sizes.K, Kp = padded(K);
+    read_rows(x.r, in.r, task, begin, end, 0, K);
+    read_rows(x.d, in.log_w, task, begin, end, 0, K);
+    read_rows(x.k, in.k, task, begin, end, 0, K);
+    read_rows(x.a, in.a, task, begin, end < task.length ? end + 1 : end, 0, K);
+    read_rows(x.b, in.b, task, begin, end, 0, K);
+    read_rows(x.v, in.v, task, begin, end, task.v_begin, task.v_end - task.v_begin);
     for (int64_t i = 0; i < (end - begin) * Kp; i += kLanes) store(x.d + i, exp(load(x.d + i)));
-    if (end < task.length) {
-        const char* next = address(in.a, task.batch, task.first_token + end, task.head, 0);
-        unpack(x.a + (end - begin) * Kp, next, in.a.dtype, K, Kp);
-    }
-}
-
-void copy_rows(float* to, int64_t ld_to, const float* from, int64_t ld_from, int64_t n_rows, int64_t n) {
-    for (int64_t i = 0; i < n_rows; ++i) __builtin_memcpy(to + i * ld_to, from + i * ld_from, n * sizeof(float));
 }
 
 // sa = a S for n_v value channels, a multiple of kLanes.

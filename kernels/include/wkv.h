@@ -48,13 +48,18 @@ typedef struct {
     int64_t batch, head; /* strides */
 } wkv_state;
 
-/* The arguments of wkv7. With cu_seqlens, n_seq sequences lie one after the other in one batch row of `length` tokens,
- * sequence i at [cu_seqlens[i], cu_seqlens[i + 1]), and states have n_seq rows; without, n_seq = B and length = T. */
+/* The size of a recurrence. With cu_seqlens, n_seq sequences lie one after the other in one batch row of `length`
+ * tokens, sequence i at [cu_seqlens[i], cu_seqlens[i + 1]), and states have n_seq rows; without, n_seq = B and length =
+ * T. */
 typedef struct {
     int64_t n_seq, length, H, K, V;
     int64_t n_threads;
     const void* cu_seqlens;      /* n_seq + 1 integers, or NULL */
     int64_t cu_seqlens_is_int64; /* else they are 32 bits wide */
+} wkv_sizes;
+
+typedef struct {
+    wkv_sizes sizes;
     wkv_tensor r, log_w, k, v, a, b;
     wkv_state state; /* data NULL: zeros */
 } wkv7_inputs;
@@ -81,43 +86,131 @@ typedef struct {
 
 WKV_API int wkv7_backward(const wkv7_backward_args* args);
 
-/* One token of an RWKV-7 model, all layers: weights, and states that are overwritten. C residual width, A = H K, F
- * hidden units of the feed-forward, L layers. Matrices and vectors are of one dtype and contiguous, matrices row-major
- * (output channels, input channels) unless said otherwise; activations and sums are float32. */
+/* wkv4, of RWKV-4. In sizes, V is the number of channels, H = K = 1; tensors have one head. u has one row (strides 0).
+ * The token or batch stride of log_w is 0 where tokens or rows share a decay. A channel's state is a, b, p, for A = a
+ * e^p and B = b e^p; where b is 0 it is empty, whatever p. */
+typedef struct {
+    wkv_sizes sizes;
+    wkv_tensor log_w, u, k, v;
+    wkv_state state; /* (n_seq, V, 3); data NULL: empty */
+} wkv4_inputs;
+
+/* Per channel, in float32:
+ *     o = (A + e^(u + k) v) / (B + e^(u + k)),   A <- e^log_w A + e^k v,   B <- e^log_w B + e^k. */
+typedef struct {
+    wkv4_inputs in;
+    wkv_tensor o;
+    wkv_state final_state;
+} wkv4_forward_args;
+
+WKV_API int wkv4_forward(const wkv4_forward_args* args);
+
+/* Gradients; those of log_w and u as for wkv6. The p of the final state counts as a constant: the gradients of its a
+ * and b are taken at that p, its own is not read. */
+typedef struct {
+    wkv4_inputs in;
+    wkv_tensor grad_o;
+    wkv_state grad_final_state;
+    wkv_tensor grad_log_w, grad_u, grad_k, grad_v;
+    wkv_state grad_state; /* data NULL: not wanted */
+} wkv4_backward_args;
+
+WKV_API int wkv4_backward(const wkv4_backward_args* args);
+
+/* wkv6, of RWKV-6 and RWKV-5. u has one row a head (strides of batch and token 0). The token or batch stride of log_w
+ * is 0 where tokens or rows share a decay. */
+typedef struct {
+    wkv_sizes sizes;
+    wkv_tensor r, log_w, u, k, v;
+    wkv_state state; /* data NULL: zeros */
+} wkv6_inputs;
+
+/* Per head, in float32, S the state and d = exp(log_w):
+ *     o = r (S + diag(u) k^T v),   S <- diag(d) S + k^T v.
+ * Writes o (B, T, H, V) and the state after the last token of each sequence. */
+typedef struct {
+    wkv6_inputs in;
+    wkv_tensor o;
+    wkv_state final_state;
+} wkv6_forward_args;
+
+WKV_API int wkv6_forward(const wkv6_forward_args* args);
+
+/* Gradients, as for wkv7. That of log_w is summed over the tokens of a sequence where its token stride is 0, then over
+ * sequences too where its batch stride is 0; that of u is summed over both. */
+typedef struct {
+    wkv6_inputs in;
+    wkv_tensor grad_o;
+    wkv_state grad_final_state;
+    wkv_tensor grad_r, grad_log_w, grad_u, grad_k, grad_v;
+    wkv_state grad_state; /* data NULL: not wanted */
+} wkv6_backward_args;
+
+WKV_API int wkv6_backward(const wkv6_backward_args* args);
+
+/* One token of a model of RWKV-4, 5, 6 or 7, all layers: weights, and states that are overwritten. C residual width,
+ * A = H K (RWKV-4: heads of one channel), F hidden units of the feed-forward, L layers. Matrices and vectors are of one
+ * dtype and contiguous, matrices row-major (output channels, input channels) unless said otherwise; activations and
+ * sums are float32. The mixes x_* count the current token in RWKV-4 and 5, the one before in later ones. */
 typedef struct {
     const void *attn_norm_weight, *attn_norm_bias, *ffn_norm_weight, *ffn_norm_bias; /* (C) */
-    const void *x_r, *x_w, *x_k, *x_v, *x_a, *x_g;                                   /* (C) */
-    const void *k_k, *k_a, *r_k, *g_norm_weight, *g_norm_bias;                       /* (A) */
-    const void *r_proj, *k_proj, *v_proj, *o_proj;
+    const void* output;
+    const void *ffn_x_k, *ffn_x_r;                    /* (C) */
+    const void *ffn_key, *ffn_receptance, *ffn_value; /* RWKV-7 has no receptance */
+    int64_t value_by_unit; /* value is (F, C): hidden units whose activation is zero are not read */
+} rwkv_step_layer;
+
+typedef struct {
+    const void *x_r, *x_k, *x_v; /* (C) */
+    const void *receptance, *key, *value;
+    const void *decay, *bonus; /* (A): log_w = -exp(decay) */
+} rwkv4_time_mix;
+
+/* RWKV-5 has no mix or decay by the token, RWKV-5.0 no gate. */
+typedef struct {
+    const void *x_r, *x_k, *x_v, *x_g; /* (C) */
+    const void *receptance, *key, *value, *gate;
+    const void *decay, *bonus;           /* (A), or one value a head */
+    const void *norm_weight, *norm_bias; /* (A) */
+    const void *x_x, *x_w;               /* (C) */
+    const void *mix_w1, *mix_w2;         /* (C, 5 R), (5, R, C), for w, k, v, r, g */
+    const void *decay_w1, *decay_w2;     /* (C, rank), (rank, A) */
+} rwkv6_time_mix;
+
+typedef struct {
+    const void *x_r, *x_w, *x_k, *x_v, *x_a, *x_g;             /* (C) */
+    const void *k_k, *k_a, *r_k, *g_norm_weight, *g_norm_bias; /* (A) */
+    const void *receptance, *key, *value;
     const void *w_down, *w_up, *w_bias;
     const void *a_down, *a_up, *a_bias;
     const void *v_down, *v_up, *v_bias; /* not read in layer 0 */
     const void *g_down, *g_up;
-    const void* ffn_x_k; /* (C) */
-    const void *key, *value;
-    int64_t value_by_unit; /* value is (F, C): hidden units whose activation is zero are not read */
-} wkv_rwkv7_layer;
+} rwkv7_time_mix;
 
 typedef struct {
     void *attn_shift, *ffn_shift; /* (B, C) of the weights' dtype */
-    float* S;                     /* (B, H, K, K) */
-} wkv_rwkv7_layer_state;
+    float* S;                     /* (B, H, K, K), RWKV-4: (B, A, 3) as in wkv4 */
+} rwkv_step_state;
 
 typedef struct {
+    int64_t generation; /* 4 to 7 */
     int64_t B, C, H, K, F, L;
-    int64_t w_rank, a_rank, v_rank, g_rank;
+    int64_t ranks[4]; /* RWKV-7: of w, a, v, g; RWKV-6: R, and that of the decay; else 0 */
+    int64_t per_head,
+        bonus_is_log; /* RWKV-5: decay and bonus have one value a head; the bonus is exp of what is given */
     int64_t dtype;
     int64_t n_threads;
     double norm_eps, group_norm_eps;
     const void *pre_norm_weight, *pre_norm_bias, *norm_weight, *norm_bias; /* (C) */
-    const wkv_rwkv7_layer* layers;
-    const wkv_rwkv7_layer_state* states;
+    const rwkv_step_layer* layers;
+    const void* time_mixes; /* of the layers: rwkv4_time_mix, rwkv6_time_mix (RWKV-5 too) or rwkv7_time_mix */
+    const rwkv_step_state* states;
     const void* x; /* (B, C), the embeddings of the tokens */
     void* out;     /* (B, C), the last hidden state, normalised */
-} wkv_rwkv7_step_args;
+} rwkv_step_args;
 
 /* The result does not depend on n_threads. */
-WKV_API int wkv_rwkv7_step(const wkv_rwkv7_step_args* args);
+WKV_API int rwkv_step(const rwkv_step_args* args);
 
 /* y = x weight^T for few vectors x: every weight is read once, in its own dtype; sums are float32. x (n_rows, n_in) and
  * y (n_rows, n_out) are of the weight's dtype, their rows x_row and y_row elements apart. */

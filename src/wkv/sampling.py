@@ -7,11 +7,10 @@ and sharpen what is left. Settings that people quote for RWKV models mean the se
 from collections.abc import Sequence
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-# Settings of the official demos for chat with a World or G1 model.
-CHAT = {"temperature": 1.0, "top_p": 0.3, "presence": 0.5, "frequency": 0.5}
-PENALTY_DECAY = 0.996
+from .presets import PRESETS, Preset
+
 # Repetitions of a token whose text is a part of this are not counted.
 UNCOUNTED = " \t0123456789"
 
@@ -32,7 +31,7 @@ class RwkvSampling(LogitsProcessor):
         top_p: float,
         presence: float = 0.0,
         frequency: float = 0.0,
-        decay: float = PENALTY_DECAY,
+        decay: float = PRESETS["text"].decay,
         uncounted: Sequence[int] = (),
     ):
         if temperature <= 0:
@@ -60,19 +59,40 @@ class RwkvSampling(LogitsProcessor):
         return scores.masked_fill(cut, float("-inf")) / self.temperature
 
 
-def generate_arguments(
-    tokenizer: PreTrainedTokenizerBase, prompt_length: int, temperature: float, top_p: float, **settings
-) -> dict:
-    """Arguments of `generate` for the official sampler; temperature 0 or top_p 0 is greedy, as officially.
+def preset(name: str, tokenizer: PreTrainedTokenizerBase, prompt_length: int, **changes) -> dict:
+    """Arguments of `generate` for a row of PRESETS: `model.generate(**inputs, **preset("chat", tokenizer, length))`.
 
-    `settings` are the penalties of `RwkvSampling`.
+    `prompt_length` is the width of `input_ids`; `changes` replace single settings. The penalties are counted from there
+    on, so a call of `generate` needs arguments of its own. Raises ValueError for another name.
     """
-    if temperature == 0 or top_p == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    texts = {UNCOUNTED[i:j] for i in range(len(UNCOUNTED)) for j in range(i + 1, len(UNCOUNTED) + 1)}
-    encoded = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
-    uncounted = [ids[0] for ids in encoded if len(ids) == 1]
-    sampler = RwkvSampling(prompt_length, temperature, top_p, uncounted=uncounted, **settings)
+    return generate_arguments(tokenizer, prompt_length, named_preset(name)._replace(**changes))
+
+
+def named_preset(name: str) -> Preset:
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r}: one of {', '.join(PRESETS)} is expected")
+    return PRESETS[name]
+
+
+def generation_config(name: str, **fields) -> GenerationConfig:
+    """What of a row of PRESETS transformers can do by itself, for the `generation_config.json` of a model's folder.
+
+    Temperature and top-p, in the order of transformers, and the forbidden id 0; penalties that fade need `preset`.
+    """
+    row = named_preset(name)
+    more = {"suppress_tokens": [0]} if row.forbids_end else {}
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    sampling = {"do_sample": True, "temperature": row.temperature, "top_p": row.top_p, "top_k": 0}
+    return GenerationConfig(**{**ids, **sampling, **more, **fields})
+
+
+def generate_arguments(tokenizer: PreTrainedTokenizerBase, prompt_length: int, settings: Preset) -> dict:
+    """Arguments of `generate` for the official sampler; temperature 0 or top_p 0 is greedy, as officially."""
+    forbidden = {"suppress_tokens": [0] if settings.forbids_end else None}
+    if settings.temperature == 0 or settings.top_p == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **forbidden}
+    uncounted = _blanks_and_digits(tokenizer) if settings.free_digits else []
+    sampler = RwkvSampling(prompt_length, *settings[:5], uncounted=uncounted)
     # The sampler stands for transformers' own temperature and cuts, which are switched off.
     return {
         "do_sample": True,
@@ -80,4 +100,11 @@ def generate_arguments(
         "top_p": 1.0,
         "top_k": 0,
         "logits_processor": LogitsProcessorList([sampler]),
+        **forbidden,
     }
+
+
+def _blanks_and_digits(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    texts = {UNCOUNTED[i:j] for i in range(len(UNCOUNTED)) for j in range(i + 1, len(UNCOUNTED) + 1)}
+    encoded = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
+    return [ids[0] for ids in encoded if len(ids) == 1]

@@ -1,4 +1,4 @@
-"""Faithful RWKV-7 training with any trainer: parameter groups, learning-rate schedule, L2Wrap.
+"""Faithful RWKV training with any trainer: parameter groups, learning-rate schedule, L2Wrap.
 
 Everything plugs into `transformers.Trainer`, and what derives from it, in one line:
 
@@ -26,7 +26,12 @@ from wkv.models.rwkv_loss import DeferredLogits
 
 BETAS = (0.9, 0.99)
 EPSILON = 1e-18
-DECAY_BIAS_LR_FACTOR = 2.0
+# The decay and the bonus learn faster, by generation under different names: ending of the name, group, factor.
+FAST = (
+    ("w_lora.lora.2.bias", "decay", 2.0),
+    ("time_decay", "decay", 2.0),
+    ("time_first", "bonus", 3.0),
+)
 L2WRAP_FACTOR = 1e-4
 WARMUP_FLOOR = 0.01
 
@@ -35,16 +40,16 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.1) -> list[dict]:
-    """Return the three groups of the official trainer, as an optimizer takes them; frozen parameters are left out.
+    """Return the groups of the official trainer, as an optimizer takes them; frozen parameters are left out.
 
-    `decay_bias` (w0, the bias of the decay) has twice the learning rate and no weight decay. `matrices` (embedding,
-    head, projections: every `.weight` with two dimensions larger than one, outside the low-rank pairs) have weight
-    decay. `rest` (token-shift mixes, low-rank pairs, norms, biases) has neither. Each group has the key `name`; an
-    empty one is left out.
+    `decay` (RWKV-7's w0, `time_decay` before) has twice the learning rate and `bonus` (`time_first`, where there is
+    one) three times, both no weight decay. `matrices` (embedding, head, projections: every `.weight` with two
+    dimensions larger than one, outside the low-rank pairs) have weight decay. `rest` (token-shift mixes, low-rank
+    pairs, norms, biases) has neither. Each group has the key `name`; an empty one is left out.
     """
     groups = {
         "matrices": {"params": [], "lr": lr, "weight_decay": weight_decay},
-        "decay_bias": {"params": [], "lr": DECAY_BIAS_LR_FACTOR * lr, "weight_decay": 0.0},
+        **{name: {"params": [], "lr": factor * lr, "weight_decay": 0.0} for _, name, factor in FAST},
         "rest": {"params": [], "lr": lr, "weight_decay": 0.0},
     }
     for name, parameter in model.named_parameters():
@@ -57,8 +62,9 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.1) -> 
 
 
 def _group_of(name: str, parameter: Tensor) -> str:
-    if name.endswith("w_lora.lora.2.bias"):
-        return "decay_bias"
+    for ending, group, _ in FAST:
+        if name.endswith(ending):
+            return group
     is_matrix = sum(size > 1 for size in parameter.shape) >= 2
     return "matrices" if is_matrix and ".weight" in name and "_lora.lora." not in name else "rest"
 

@@ -1,41 +1,14 @@
 """Configuration of RWKV-7 ("Goose"), in the keys that the rest of the ecosystem reads."""
 
-from dataclasses import field
-
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+from .rwkv_configuration import FLA_FIXED, FLA_WITHOUT_EFFECT, GenericRwkvConfig
 
 GROUP_NORM_EPS = 64e-5
 
-# Keys of other implementations that select speed or training options there and change nothing here.
-_WITHOUT_EFFECT = (
-    "attn_mode",
-    "fuse_cross_entropy",
-    "fuse_linear_cross_entropy",
-    "fuse_norm",
-    "hidden_ratio",
-    "initializer_range",
-    "use_l2warp",
-)
-# Keys of other implementations with the only value this architecture has.
-_FIXED = {"hidden_act": "sqrelu", "norm_first": True, "norm_bias": True, "attn": None}
-
-
-def correct_world_tokens(config, vocab_size: int) -> None:
-    """Correct bos 1 and eos 2 in a (generation) config of the World vocabulary, where they are the bytes 0x00 and 0x01.
-
-    Some published folders name them, and generation with them never stops: the vocabulary ends texts with id 0.
-    """
-    if vocab_size == 65536 and (config.bos_token_id == 1 or config.eos_token_id == 2):
-        logger.info("config names the bytes 0x00/0x01 as bos/eos; the World vocabulary ends texts with id 0")
-        config.bos_token_id, config.eos_token_id = 0, 0 if config.eos_token_id == 2 else config.eos_token_id
-
 
 @strict
-class Rwkv7Config(PreTrainedConfig):
+class Rwkv7Config(GenericRwkvConfig):
     """The sizes of an RWKV-7 model.
 
     `hidden_size` C is the residual width, `num_heads * head_dim` the attention width A (`attention_hidden_size`, C when
@@ -48,16 +21,24 @@ class Rwkv7Config(PreTrainedConfig):
     """
 
     model_type = "rwkv7"
-    keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"num_attention_heads": "num_heads"}
+    _sizes = ("head_dim", "decay_low_rank_dim", "a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim")
+    _epsilons = ("norm_eps", "group_norm_eps")
+    _without_effect = FLA_WITHOUT_EFFECT
+    _fixed = FLA_FIXED | {"embedding_layer_norm_fused": False, "head_size_divisor": 8}
+    _renamed = {
+        "context_length": "max_position_embeddings",
+        "group_norm_epsilon": "group_norm_eps",
+        "head_size": "head_dim",
+        "layer_norm_epsilon": "norm_eps",
+        "lora_rank_decay": "decay_low_rank_dim",
+        "lora_rank_gate": "gate_low_rank_dim",
+        "lora_rank_iclr": "a_low_rank_dim",
+        "lora_rank_value_residual_mix": "v_low_rank_dim",
+    }
 
-    vocab_size: int = 65536
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
     head_dim: int = 64
     num_heads: int | None = None
-    attention_hidden_size: int | None = None
-    intermediate_size: int | None = None
     decay_low_rank_dim: int | None = None
     a_low_rank_dim: int | None = None
     v_low_rank_dim: int | None = None
@@ -65,12 +46,6 @@ class Rwkv7Config(PreTrainedConfig):
     norm_eps: float = 1e-5
     group_norm_eps: float | None = None
     max_position_embeddings: int = 4096
-    use_cache: bool = True
-    bos_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = 0
-    pad_token_id: int | None = 0
-    tie_word_embeddings: bool = False
-    auto_map: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self, **kwargs):
         self._read_foreign_keys(kwargs)
@@ -93,9 +68,6 @@ class Rwkv7Config(PreTrainedConfig):
 
     def _read_foreign_keys(self, kwargs: dict) -> None:
         """Take what other implementations write into config.json: translate it, drop it, or refuse it."""
-        for key, only in _FIXED.items():
-            if (value := kwargs.pop(key, only)) != only:
-                raise ValueError(f"config field `{key}` is {value!r}; RWKV-7 here is defined for {only!r} only")
         widths = kwargs.pop("value_dim", None)
         width = self.attention_hidden_size or self.hidden_size
         if widths is not None and set(widths if isinstance(widths, list) else [widths]) != {width}:
@@ -105,39 +77,17 @@ class Rwkv7Config(PreTrainedConfig):
             self.group_norm_eps = self.head_dim * self.norm_eps
         if "hidden_ratio" in kwargs and self.intermediate_size is None:
             self.intermediate_size = round(self.hidden_size * kwargs["hidden_ratio"])
-        for key in _WITHOUT_EFFECT:
-            kwargs.pop(key, None)
-        if self.auto_map.get("AutoConfig", "").rpartition(".")[2] != type(self).__name__:
-            self.auto_map = {}
-        correct_world_tokens(self, self.vocab_size)
 
     def validate_architecture(self) -> None:
         """Part of the checks that run after construction."""
-        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim", "intermediate_size")
-        ranks = ("decay_low_rank_dim", "a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim")
-        for name in (*sizes, *ranks):
-            if getattr(self, name) < 1:
-                raise ValueError(f"config field `{name}` must be at least 1, got {getattr(self, name)}")
-        for name in ("norm_eps", "group_norm_eps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"config field `{name}` must not be negative, got {getattr(self, name)}")
+        super().validate_architecture()
         if self.num_heads * self.head_dim != self.attention_hidden_size:
             raise ValueError(
                 f"num_heads ({self.num_heads}) x head_dim ({self.head_dim}) must equal "
                 f"attention_hidden_size ({self.attention_hidden_size})"
             )
-        if self.tie_word_embeddings:
-            raise ValueError("tie_word_embeddings must be False: RWKV-7 has separate embeddings and head")
-
-    @property
-    def layer_types(self) -> list[str]:
-        """The cache layer of every block, by transformers' naming."""
-        return ["rwkv"] * self.num_hidden_layers
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
         """Shape of the WKV state of one layer and one sequence: (H, K, V)."""
         return self.num_heads, self.head_dim, self.head_dim
-
-    def validate_layer_type(self) -> None:
-        """`rwkv` is our own layer type, registered in rwkv_cache; transformers' list does not know it."""

@@ -6,36 +6,28 @@ Glossary, as in the paper: B batch, T time, C residual width, H heads of K chann
 
 Source: "RWKV-7 Goose with Expressive Dynamic State Evolution" (2025) and the official inference code. In half precision
 the projections run in the model's dtype, as its Python path does; decay, state, and what the operator reads from the
-state are float32, as in its CUDA kernels. rwkv7_step.py, which decodes on CPUs, keeps all activations in float32.
+state are float32, as in its CUDA kernels. rwkv_step.py, which decodes on CPUs, keeps all activations in float32.
 """
-
-from functools import partial
 
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import DynamicCache
-from transformers.generation import GenerationMixin
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    SequenceClassifierOutputWithPast,
-)
-from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import can_return_tuple, is_torchdynamo_compiling
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_rwkv7 import Rwkv7Config, correct_world_tokens
-from .rwkv7_fused import Rwkv7GroupNorm, key_stage, out_stage, relu_squared, shift_mix, value_residual
-from .rwkv7_memory_order import by_rows
-from .rwkv7_step import FusedStep, linear_of_few_rows
-from .rwkv_cache import read_state, recurrent_mask, write_state
-from .rwkv_common import RwkvPreTrainedModel, no_cache_in_training
-from .rwkv_loss import deferred_logits, may_defer
-from .rwkv_sequences import check_inputs, plan_sequences, run_slices, runs_in_slices
+from .configuration_rwkv7 import Rwkv7Config
+from .rwkv7_fused import key_stage, out_stage, value_residual
+from .rwkv_cache import read_state, write_state
+from .rwkv_common import RwkvPreTrainedModel
+from .rwkv_fused import HeadGroupNorm, relu_squared, shift_mix
+from .rwkv_memory_order import ReorderedChannelMix
+from .rwkv_models import (
+    GenericRwkvForCausalLM,
+    GenericRwkvForSequenceClassification,
+    GenericRwkvModel,
+    init_embedding_and_head,
+)
+from .rwkv_sequences import run_operator
+from .rwkv_step import FusedStep
 from .wkv7 import wkv7
 
 
@@ -59,6 +51,7 @@ class Rwkv7TimeMix(nn.Module):
         self.layer_idx = layer_idx
         self.num_layers = config.num_hidden_layers
         self.head_dim = config.head_dim
+        self.state_shape = config.state_shape
         C, A = config.hidden_size, config.attention_hidden_size
         self.x_r = nn.Parameter(torch.empty(1, 1, C))
         self.x_w = nn.Parameter(torch.empty(1, 1, C))
@@ -78,7 +71,7 @@ class Rwkv7TimeMix(nn.Module):
         if layer_idx > 0:
             self.v_lora = Rwkv7LowRank(config, config.v_low_rank_dim, nn.Identity())
         self.g_lora = Rwkv7LowRank(config, config.gate_low_rank_dim, nn.Sigmoid(), bias=False)
-        self.g_norm = Rwkv7GroupNorm(config.num_heads, A, eps=config.group_norm_eps)
+        self.g_norm = HeadGroupNorm(config.num_heads, A, eps=config.group_norm_eps)
 
     def forward(self, x, v_first, past_key_values, plan):
         """x (B, T, C), v_first (B, T, A) or None in layer 0. Returns the update of the residual and v_first."""
@@ -94,7 +87,11 @@ class Rwkv7TimeMix(nn.Module):
         r, v = self.heads(self.r_proj(x_r)), self.heads(v)
         raw_w, raw_k, raw_a = self.w_lora(x_w), self.k_proj(x_k), self.a_lora(x_a)
         log_w, k, a, b = key_stage(raw_w, raw_k, raw_a, self.k_k, self.k_a, r.shape[2])
-        o, S = self.recurrence(r, log_w, k, v, a, b, S, plan)
+        # Padding is an identity step.
+        if plan.mask is not None:
+            padding = ~plan.mask[..., None, None]
+            log_w, k, b = (x.masked_fill(padding, 0) for x in (log_w, k, b))
+        o, S = run_operator(wkv7, (r, log_w, k, v, a, b), S, plan, self.state_shape)
         write_state(past_key_values, self.layer_idx, 0, last, S)
         return self.o_proj(out_stage(self.g_norm, o, r, k, v, self.g_lora(x_g), self.r_k)), v_first
 
@@ -102,23 +99,8 @@ class Rwkv7TimeMix(nn.Module):
         """(B, T, A) to (B, T, H, K)."""
         return x.unflatten(-1, (-1, self.head_dim))
 
-    def recurrence(self, r, log_w, k, v, a, b, S, plan):
-        """The WKV operator on a batch that may hold padding (an identity step there) and packed documents."""
-        if plan.mask is not None:
-            padding = ~plan.mask[..., None, None]
-            log_w, k, b = (x.masked_fill(padding, 0) for x in (log_w, k, b))
-        if plan.cu_seqlens is None:
-            return wkv7(r, log_w, k, v, a, b, S)
-        B, T, H, K = r.shape
-        states = torch.zeros(plan.cu_seqlens.shape[0] - 1, H, K, K, dtype=torch.float32, device=r.device)
-        if S is not None:
-            states = states.index_copy(0, plan.first, S)
-        row = (x.reshape(1, B * T, H, K) for x in (r, log_w, k, v, a, b))
-        o, states = wkv7(*row, states, plan.cu_seqlens)
-        return o.view(B, T, H, K), states[plan.final]
 
-
-class Rwkv7ChannelMix(nn.Module):
+class Rwkv7ChannelMix(ReorderedChannelMix):
     """The position-wise half of a block: token shift, then value(relu(key(x))^2)."""
 
     def __init__(self, config: Rwkv7Config, layer_idx: int):
@@ -131,22 +113,11 @@ class Rwkv7ChannelMix(nn.Module):
 
     def forward(self, x, past_key_values, plan):
         """x (B, T, C). Returns the update of the residual."""
-        if torch.is_grad_enabled() and not is_torchdynamo_compiling():
-            by_rows(self.value)
+        self.by_rows_for_gradients()
         carried, _ = read_state(past_key_values, self.layer_idx, 1)
         (x_k,), last = shift_mix(x, carried, plan, [self.x_k])
         write_state(past_key_values, self.layer_idx, 1, last)
         return self.value(relu_squared(self.key(x_k)))
-
-    # The decoding step changes the memory order of `value`, never its values; training and saving get it back by rows.
-    def train(self, mode: bool = True):
-        if mode:
-            by_rows(self.value)
-        return super().train(mode)
-
-    def _save_to_state_dict(self, *args):
-        by_rows(self.value)
-        super()._save_to_state_dict(*args)
 
 
 class Rwkv7Block(GradientCheckpointingLayer):
@@ -177,28 +148,27 @@ class Rwkv7PreTrainedModel(RwkvPreTrainedModel):
     # Some checkpoints carry the value-residual tensors of layer 0, which nothing reads.
     _keys_to_ignore_on_load_unexpected = [r"layers\.0\.attn\.v_lora\."]
     _sizes_from_tensors = (
-        (r"embeddings\.weight$|(^|\.)emb\.weight$", ("vocab_size", "hidden_size")),
-        (r"att(n)?\.r_k$", ("num_heads", "head_dim")),
+        (r"(^|\.)(emb|embeddings|embed_tokens)\.weight$", ("vocab_size", "hidden_size")),
+        (r"att\w*\.r_k$", ("num_heads", "head_dim")),
         (r"((attn|ffn|pre)_norm|model\.norm|\.ln[012]|ln_out)\.weight$", ("hidden_size",)),
-        (r"([rkv]_proj|att\.(receptance|key|value))\.weight$", ("attention_hidden_size", "hidden_size")),
-        (r"ffn\.key\.weight$", ("intermediate_size",)),
-        (r"(w_lora\.lora\.0|att\.w1)\.weight$", ("decay_low_rank_dim",)),
-        (r"(a_lora\.lora\.0|att\.a1)\.weight$", ("a_low_rank_dim",)),
-        (r"(v_lora\.lora\.0|att\.v1)\.weight$", ("v_low_rank_dim",)),
-        (r"(g_lora\.lora\.0|att\.g1)\.weight$", ("gate_low_rank_dim",)),
-        (r"att\.w1$", (None, "decay_low_rank_dim")),
-        (r"att\.a1$", (None, "a_low_rank_dim")),
-        (r"att\.v1$", (None, "v_low_rank_dim")),
-        (r"att\.g1$", (None, "gate_low_rank_dim")),
+        (r"([rkv]_proj|att\w*\.(receptance|key|value))\.weight$", ("attention_hidden_size", "hidden_size")),
+        (r"((ffn|feed_forward)\.key|up_proj)\.weight$", ("intermediate_size",)),
+        (r"(w_lora\.lora\.0|att\w*\.w1)\.weight$", ("decay_low_rank_dim",)),
+        (r"(a_lora\.lora\.0|att\w*\.a1)\.weight$", ("a_low_rank_dim",)),
+        (r"(v_lora\.lora\.0|att\w*\.v1)\.weight$", ("v_low_rank_dim",)),
+        (r"(g_lora\.lora\.0|att\w*\.g1)\.weight$", ("gate_low_rank_dim",)),
+        (r"att\w*\.w1$", (None, "decay_low_rank_dim")),
+        (r"att\w*\.a1$", (None, "a_low_rank_dim")),
+        (r"att\w*\.v1$", (None, "v_low_rank_dim")),
+        (r"att\w*\.g1$", (None, "gate_low_rank_dim")),
     )
 
     @torch.no_grad()
     def _init_weights(self, module):
         """The official initialisation, tensor by tensor (RWKV-LM, the RWKV-7 trainer)."""
         super()._init_weights(module)
-        if isinstance(module, nn.Embedding):
-            init.uniform_(module.weight, -1e-4, 1e-4)
-        elif isinstance(module, Rwkv7TimeMix):
+        init_embedding_and_head(self, module)
+        if isinstance(module, Rwkv7TimeMix):
             _init_time_mix(module)
         elif isinstance(module, Rwkv7ChannelMix):
             C = module.x_k.numel()
@@ -206,10 +176,6 @@ class Rwkv7PreTrainedModel(RwkvPreTrainedModel):
             init.copy_(module.x_k, 1 - (torch.arange(C) / C) ** (ratio**4))
             init.orthogonal_(module.key.weight)
             init.zeros_(module.value.weight)
-        # By the head itself: transformers skips the rule of a module without parameters of its own.
-        elif module is getattr(self, "lm_head", None):
-            V, C = module.weight.shape
-            init.orthogonal_(module.weight, gain=0.5 * max(1.0, V / C) ** 0.5)
 
 
 def _init_time_mix(m: Rwkv7TimeMix) -> None:
@@ -246,12 +212,10 @@ def _init_time_mix(m: Rwkv7TimeMix) -> None:
     init.constant_(m.g_norm.weight, ((1 + m.layer_idx) / m.num_layers) ** 0.7)
 
 
-fused_step = FusedStep(Rwkv7Block, Rwkv7TimeMix, Rwkv7ChannelMix, Rwkv7LowRank)
-
-
-class Rwkv7Model(Rwkv7PreTrainedModel):
+class Rwkv7Model(Rwkv7PreTrainedModel, GenericRwkvModel):
     """The blocks between embedding and head. Returns the normalised last hidden state and the cache."""
 
+    fused_step = FusedStep(Rwkv7Block, Rwkv7Block, Rwkv7TimeMix, Rwkv7ChannelMix, Rwkv7LowRank)
     _keys_to_ignore_on_load_unexpected = [
         *Rwkv7PreTrainedModel._keys_to_ignore_on_load_unexpected,
         r"^(lm_head|score)\.",
@@ -265,63 +229,13 @@ class Rwkv7Model(Rwkv7PreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @no_cache_in_training
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        use_cache=None,
-        cu_seq_lens_q=None,
-        seq_idx=None,
-        hidden_to_keep=0,
-        **kwargs,
-    ) -> BaseModelOutputWithPast:
-        """Shapes: input_ids (B, T) or inputs_embeds (B, T, C); attention_mask (B, T), or (B, past + T) with a cache.
-
-        Packed documents are told by `cu_seq_lens_q` (n + 1,) with B = 1, by `seq_idx` (B, T), or by `position_ids`
-        (B, T) restarting at 0. Without gradients a long input runs in slices, in memory that does not grow with it;
-        of the hidden states (B, T, C) it then returns only the last `hidden_to_keep`, unless that is 0. Raises
-        `ValueError` for shapes, ids or caches that do not fit.
-        """
-        check_inputs(
-            self.config,
-            self.embeddings,
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            cu_seq_lens_q,
-            past_key_values,
-        )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        if isinstance(attention_mask, dict):
-            mask = attention_mask["rwkv"]
-        else:
-            mask = recurrent_mask(self.config, tokens, attention_mask, past_key_values)
-        continues = past_key_values is not None and past_key_values.has_previous_state(0, 0)
-        plan = plan_sequences(tokens, mask, position_ids, continues, cu_seq_lens_q, seq_idx)
-
-        if runs_in_slices(tokens, plan, self.layers):
-            state = DynamicCache(config=self.config) if past_key_values is None else past_key_values
-            hidden_states = run_slices(partial(self.run_blocks, state), tokens, plan.mask, hidden_to_keep)
-        else:
-            hidden_states = self.run_blocks(past_key_values, tokens, plan)
-        if past_key_values is not None:
-            for layer_cache in past_key_values.layers:
-                layer_cache.advance(tokens.shape[1])
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+    def get_blocks(self):
+        return self.layers
 
     def run_blocks(self, past_key_values, tokens, plan):
         """Ids (B, T) or embeddings (B, T, C) through all blocks and the last norm."""
         x = tokens if tokens.is_floating_point() else self.embeddings(tokens)
-        hidden_states = fused_step(self, x, past_key_values, plan)
+        hidden_states = self.fused_step(self, x, past_key_values, plan)
         if hidden_states is None:
             hidden_states, v_first = x, None
             for layer in self.layers:
@@ -330,7 +244,7 @@ class Rwkv7Model(Rwkv7PreTrainedModel):
         return hidden_states
 
 
-class RWKV7ForCausalLM(Rwkv7PreTrainedModel, GenerationMixin):
+class RWKV7ForCausalLM(Rwkv7PreTrainedModel, GenericRwkvForCausalLM):
     """RWKV-7 with its language-model head."""
 
     def __init__(self, config: Rwkv7Config):
@@ -339,58 +253,11 @@ class RWKV7ForCausalLM(Rwkv7PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def adjust_generation_fn(self, *args, **kwargs):
-        """Part of `from_pretrained`: the folder's own generation settings may name the wrong special tokens too."""
-        super().adjust_generation_fn(*args, **kwargs)
-        correct_world_tokens(self.generation_config, self.config.vocab_size)
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep=0,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """Inputs as in `Rwkv7Model.forward`; logits (B, T, V), or only those that `logits_to_keep` asks for.
-
-        `labels` (B, T) are the input ids, -100 where no loss is wanted; they are shifted here.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            hidden_to_keep=logits_to_keep if labels is None and isinstance(logits_to_keep, int) else 0,
-            **kwargs,
-        )
-        hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        # In training the default loss does without logits, and they are made for whoever reads them.
-        deferred = may_defer(self, hidden)
-        logits = deferred_logits(hidden, self.lm_head.weight) if deferred else linear_of_few_rows(self.lm_head, hidden)
-        loss = None
-        if labels is not None and deferred and self.loss_function is ForCausalLMLoss:
-            loss = logits.loss(labels, **kwargs)
-        elif labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
-        )
-
-
-class RWKV7ForSequenceClassification(Rwkv7PreTrainedModel):
+class RWKV7ForSequenceClassification(Rwkv7PreTrainedModel, GenericRwkvForSequenceClassification):
     """RWKV-7 with a linear head on the last token that is not padding: classifiers and reward models."""
 
     _keys_to_ignore_on_load_unexpected = [*Rwkv7PreTrainedModel._keys_to_ignore_on_load_unexpected, r"^lm_head\."]
-    # The loss is a mean over texts: the Trainer divides it by the number of accumulated batches.
-    accepts_loss_kwargs = False
 
     def __init__(self, config: Rwkv7Config):
         super().__init__(config)
@@ -398,30 +265,3 @@ class RWKV7ForSequenceClassification(Rwkv7PreTrainedModel):
         self.model = Rwkv7Model(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs
-    ) -> SequenceClassifierOutputWithPast:
-        """Inputs as in `Rwkv7Model.forward`; logits (B, num_labels), one row a text.
-
-        The last token is the mask's last 1, and without a mask the last id that is not `pad_token_id`: RWKV ends and
-        pads texts with the same id, so only a mask tells a final one from padding.
-        """
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        hidden = outputs.last_hidden_state
-        B, T, _ = hidden.shape
-        if attention_mask is not None:
-            real = attention_mask[:, -T:]
-        elif input_ids is not None and self.config.pad_token_id is not None:
-            real = input_ids != self.config.pad_token_id
-        else:
-            real = torch.ones(B, T, device=hidden.device)
-        last = (torch.arange(T, device=hidden.device) * real.to(hidden.device).long()).argmax(-1)
-        logits = self.score(hidden[torch.arange(B, device=hidden.device), last])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
-        )

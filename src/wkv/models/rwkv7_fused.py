@@ -14,46 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .rwkv_common import autocast_dtype
-from .rwkv_sequences import token_shift
-
-# Where they are missing, wkv7.py says so.
-try:
-    from wkv_kernels import rwkv7_fused as compiled
-except ImportError:
-    compiled = None
+from .rwkv_fused import HeadGroupNorm, compiled
+from .wkv_operators import is_compiled
 
 # The decay is exp(-exp(-1/2) * sigmoid(w)), so between 0.545 and 1.
 LOG_DECAY_SCALE = -0.6065306597126334
-
-
-class Rwkv7GroupNorm(nn.GroupNorm):
-    """Group norm over the channels of each head, in float32 whatever the model's dtype."""
-
-    def forward(self, x):
-        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
-
-
-def shift_mix(x, carried, plan, mixes):
-    """Token shift and its mixes: the tensors x + (previous - x) mix, and the last token of every row.
-
-    x (B, T, C); carried (B, C), the last token before this call, or None for zeros; each mix has C values. Returns a
-    list of (B, T, C), under autocast in its dtype, which the products that follow want, and (B, C).
-    """
-    if not _is_compiled(x):
-        return plain_shift_mix(x, carried, plan, mixes)
-    before, last = (carried, x[:, -1]) if plan.source is None else token_shift(x, carried, plan)
-    # The cache is overwritten in place, autograd still needs what the forward saw.
-    if before is carried is not None and torch.is_grad_enabled():
-        before = before.clone()
-    return compiled.shift_mix(x, before, mixes, autocast_dtype(x) or x.dtype), last
-
-
-def plain_shift_mix(x, carried, plan, mixes):
-    """Defines `shift_mix`."""
-    previous, last = token_shift(x, carried, plan)
-    delta = previous - x
-    return [torch.addcmul(x, delta, mix) for mix in mixes], last
 
 
 def key_stage(raw_w, raw_k, raw_a, k_k, k_a, heads: int):
@@ -61,7 +26,7 @@ def key_stage(raw_w, raw_k, raw_a, k_k, k_a, heads: int):
 
     raw_w, raw_k, raw_a (B, T, A); k_k and k_a have A values.
     """
-    run = compiled.key_stage if _is_compiled(raw_k) else plain_key_stage
+    run = compiled.key_stage if is_compiled(raw_k) else plain_key_stage
     return run(raw_w, raw_k, raw_a, k_k, k_a, heads)
 
 
@@ -78,7 +43,7 @@ def plain_key_stage(raw_w, raw_k, raw_a, k_k, k_a, heads: int):
 
 def value_residual(v, v_first, raw):
     """v + (v_first - v) sigmoid(raw), all (B, T, A)."""
-    run = compiled.value_residual if _is_compiled(v) else plain_value_residual
+    run = compiled.value_residual if is_compiled(v) else plain_value_residual
     return run(v, v_first, raw)
 
 
@@ -92,7 +57,7 @@ def out_stage(norm: nn.Module, o, r, k, v, g, r_k):
 
     o, r, k, v (B, T, H, N), g (B, T, A), r_k (H, N). Returns (B, T, A).
     """
-    if _is_compiled(o) and _does_nothing_else(norm):
+    if is_compiled(o) and _does_nothing_else(norm):
         return compiled.out_stage(o, r, k, v, g, r_k, norm.weight, norm.bias, norm.eps)
     return plain_out_stage(norm, o, r, k, v, g, r_k)
 
@@ -105,21 +70,7 @@ def plain_out_stage(norm: nn.Module, o, r, k, v, g, r_k):
     return (o + bonus.flatten(2)) * g
 
 
-def relu_squared(x):
-    """max(x, 0)^2 for x (B, T, C)."""
-    return compiled.relu_squared(x) if _is_compiled(x) else plain_relu_squared(x)
-
-
-def plain_relu_squared(x):
-    """Defines `relu_squared`."""
-    return F.relu(x).square()
-
-
-def _is_compiled(x) -> bool:
-    return compiled is not None and x.device.type in ("cpu", "meta")
-
-
 def _does_nothing_else(norm: nn.Module) -> bool:
     """Neither an adapter's wrapper nor hooks nor a replaced `forward`: calling the module is its formula."""
     hooks = norm._forward_pre_hooks or norm._forward_hooks or norm._backward_pre_hooks or norm._backward_hooks
-    return type(norm) is Rwkv7GroupNorm and not hooks and "forward" not in norm.__dict__
+    return type(norm) is HeadGroupNorm and not hooks and "forward" not in norm.__dict__

@@ -13,6 +13,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
     cached_file,
     find_adapter_config_file,
     is_peft_available,
@@ -116,6 +118,7 @@ class RwkvPreTrainedModel(PreTrainedModel):
         sizes = {field: counts.most_common(1)[0][0] for field, counts in votes.items() if field}
         if layers:
             sizes["num_hidden_layers"] = layers
+        sizes |= cls._told_by_names(shapes)
         told = {field: size for field, size in sizes.items() if getattr(config, field) != size}
         if not told:
             return config
@@ -123,6 +126,11 @@ class RwkvPreTrainedModel(PreTrainedModel):
             f"{type(config).__name__}: the checkpoint's tensors say {told}, which replaces the config's sizes"
         )
         return type(config).from_dict(config.to_dict() | told)
+
+    @staticmethod
+    def _told_by_names(shapes: dict[str, tuple[int, ...]]) -> dict[str, int | bool]:
+        """Fields of the configuration that single tensors do not tell, for generations that have such."""
+        return {}
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
@@ -164,20 +172,30 @@ def _base_model_of(folder, hub_arguments: dict):
 
 
 def checkpoint_shapes(folder, state_dict=None, hub_arguments=None) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a checkpoint, without reading the data; empty for formats other than safetensors."""
+    """The shape of every tensor of a checkpoint, without reading the data; empty for unknown formats."""
     if state_dict is not None:
         return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     if folder is None:
         return {}
     hub = {"_raise_exceptions_for_missing_entries": False} | (hub_arguments or {})
-    files = [cached_file(folder, SAFE_WEIGHTS_NAME, **hub)]
-    if files == [None] and (index := cached_file(folder, SAFE_WEIGHTS_INDEX_NAME, **hub)):
-        files, _ = get_checkpoint_shard_files(folder, index, **(hub_arguments or {}))
     shapes = {}
-    for file in filter(None, files):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        except Exception as error:
-            raise OSError(f"{file}: not a readable safetensors file ({error})") from error
+    for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        files = [cached_file(folder, single, **hub)]
+        if files == [None] and (found := cached_file(folder, index, **hub)):
+            files, _ = get_checkpoint_shard_files(folder, found, **(hub_arguments or {}))
+        for file in filter(None, files):
+            shapes |= _shapes_in(file)
+        if shapes:
+            break
     return shapes
+
+
+def _shapes_in(file: str) -> dict[str, tuple[int, ...]]:
+    if not file.endswith(".safetensors"):
+        tensors = torch.load(file, map_location="meta", weights_only=True)
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise OSError(f"{file}: not a readable safetensors file ({error})") from error

@@ -18,7 +18,7 @@ from transformers.utils import is_torchdynamo_compiling
 
 from .rwkv_common import autocast_dtype, is_plain_linear
 
-# Where it is missing, wkv7.py says so.
+# Where it is missing, wkv_operators.py says so.
 try:
     from wkv_kernels.cross_entropy import cross_entropy as compiled_cross_entropy
 except ImportError:
@@ -32,7 +32,7 @@ DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 def may_defer(model, hidden) -> bool:
     """Whether a training forward wants nothing of the model's head but the product of hidden states and weight."""
-    head, autocast = model.lm_head, autocast_dtype(hidden)
+    head, autocast = model.get_output_embeddings(), autocast_dtype(hidden)
     return (
         model.training
         and torch.is_grad_enabled()

@@ -114,6 +114,23 @@ def token_shift(x, carried, plan: SequencePlan):
     return padded[rows.unsqueeze(1), plan.source], padded[rows, plan.last]
 
 
+def run_operator(op, rows, S, plan: SequencePlan, state_shape):
+    """`op(*rows, S, cu_seqlens)`, a WKV operator, over rows (B, T, ...) that may hold packed documents.
+
+    S (B, *state_shape) or None; a decay (1, 1, ...) that all tokens share may be among the rows. Returns the output
+    (B, T, ...) and the state after the last document of each row.
+    """
+    if plan.cu_seqlens is None:
+        return op(*rows, S, None)
+    B, T = rows[-1].shape[:2]
+    states = torch.zeros(plan.cu_seqlens.shape[0] - 1, *state_shape, dtype=torch.float32, device=rows[-1].device)
+    if S is not None:
+        states = states.index_copy(0, plan.first, S)
+    row = (x.reshape(1, B * T, *x.shape[2:]) if x.shape[:2] == (B, T) else x for x in rows)
+    o, states = op(*row, states, plan.cu_seqlens)
+    return o.view(B, T, *o.shape[2:]), states[plan.final]
+
+
 def runs_in_slices(tokens, plan: SequencePlan, blocks) -> bool:
     """Whether a batch of ids or embeddings is long, nobody differentiates or watches the blocks, and rows are plain."""
     B, T = tokens.shape[:2]

@@ -15,6 +15,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy, logging
 
+from .rwkv_chat_templates import CHAT_TEMPLATES
 from .rwkv_vocabulary import backend_pieces, encode_with_backend, read_world_vocabulary, world_backend
 
 # One warning that nothing is compiled is enough; the module of the operator gives it.
@@ -26,6 +27,7 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 END_OF_TEXT = "<|rwkv_tokenizer_end_of_text|>"
+END_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 # What the trie serves; any other option that is set goes to the `tokenizers` library.
 TRIE_OPTIONS = {
@@ -43,29 +45,6 @@ TRIE_OPTIONS = {
     "split_special_tokens",
     "verbose",
 }
-
-# A blank line ends a turn, so there is none inside a system or user text; assistants may write them.
-CHAT_TEMPLATE = r"""{%- for message in messages %}
-    {%- if message['content'] is string %}
-        {%- set content = message['content'] %}
-    {%- else %}
-        {%- set content = message['content'] | map(attribute='text') | join('\n') %}
-    {%- endif %}
-    {%- if message['role'] == 'assistant' %}
-        {{- 'Assistant:' }}
-        {%- generation %}
-            {{- ' ' + content.strip() + '\n\n' }}
-        {%- endgeneration %}
-    {%- elif message['role'] in ['system', 'user'] %}
-        {%- set lines = content.replace('\r\n', '\n').strip().split('\n') | select | join('\n') %}
-        {{- message['role'] | capitalize + ': ' + lines + '\n\n' }}
-    {%- else %}
-        {{- raise_exception("role '" ~ message['role'] ~ "' is not one of system, user, assistant") }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- 'Assistant:' }}
-{%- endif %}"""
 
 
 class _LazyEncodings(Sequence):
@@ -117,26 +96,37 @@ def _encode_between(trie: "Trie", texts: Sequence[str], found: list[tuple[int, A
 class RwkvTokenizer(PreTrainedTokenizerFast):
     """The World tokenizer, from a `tokenizer.json`, from the official vocabulary file, or by `from_vocabulary`.
 
-    pad = bos = eos = unk = id 0, and nothing is added to a text. With a `tokenizer.json` of another kind (GPT-NeoX, for
-    RWKV-4 Pile) it is what its base class is.
+    pad = bos = eos = unk = id 0, and nothing is added to a text. With a `tokenizer.json` of another kind (the 20B one,
+    for RWKV-4 Pile and Raven) it is what its base class is.
     """
 
     vocab_files_names: ClassVar = {"vocab_file": "rwkv_vocab_v20230424.txt", "tokenizer_file": "tokenizer.json"}
+    padding_side = "left"
     # Bytes of each id and compiled trie, made at the first use; (None, None) for a `tokenizer.json` of another kind.
     _world: tuple[list[bytes] | None, "Trie | None"] | None = None
     # The Python integers 0, 1, 2, ...: ids in lists share them, for speed and a fifth of the memory.
     _integers: np.ndarray | None = None
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Old GGUF files name a template inside llama.cpp.
+        if self.chat_template == "rwkv-world":
+            self.chat_template = CHAT_TEMPLATES["world"]
+        # Not all files name all roles; in every RWKV vocabulary id 0 ends a text.
+        first = self._tokenizer.get_added_tokens_decoder().get(0)
+        if first is not None and first.special and self.eos_token in (None, first.content):
+            self.add_special_tokens({role: first for role in END_ROLES if getattr(self, role) is None})
+
     @classmethod
     def from_vocabulary(cls, vocabulary: dict[int, bytes]) -> "RwkvTokenizer":
         """A tokenizer for id -> bytes. Ids must be 1, 2, 3, ... and all 256 single bytes be among the pieces."""
-        return cls(**cls._world_arguments(vocabulary, END_OF_TEXT), chat_template=CHAT_TEMPLATE)
+        return cls(**cls._world_arguments(vocabulary, END_OF_TEXT), chat_template=CHAT_TEMPLATES["world"])
 
     @staticmethod
     def _world_arguments(vocabulary: dict[int, bytes], end_of_text: str) -> dict:
         return {
             "tokenizer_object": world_backend(vocabulary, end_of_text),
-            **dict.fromkeys(["bos_token", "eos_token", "unk_token", "pad_token"], end_of_text),
+            **dict.fromkeys(END_ROLES, end_of_text),
             "padding_side": "left",
         }
 
@@ -147,7 +137,7 @@ class RwkvTokenizer(PreTrainedTokenizerFast):
         Such folders name id 0 in several ways, and some call the ordinary piece of two newlines their eos; here id 0
         has one name and all four roles.
         """
-        if kwargs.get("tokenizer_file"):
+        if kwargs.get("tokenizer_file") or kwargs.get("gguf_file"):
             kwargs.pop("vocab_file", None)
             return kwargs
         vocab_file = kwargs.pop("vocab_file", None)
@@ -161,7 +151,7 @@ class RwkvTokenizer(PreTrainedTokenizerFast):
             logger.warning(f"eos_token {eos!r} of the tokenizer config is replaced by {end_of_text!r}, id 0")
         added = kwargs.pop("added_tokens_decoder", {})
         kwargs["added_tokens_decoder"] = {index: token for index, token in added.items() if index > len(vocabulary)}
-        kwargs.setdefault("chat_template", CHAT_TEMPLATE)
+        kwargs.setdefault("chat_template", CHAT_TEMPLATES["world"])
         return {**kwargs, **cls._world_arguments(vocabulary, end_of_text)}
 
     def __getstate__(self) -> dict:

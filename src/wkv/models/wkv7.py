@@ -11,40 +11,17 @@ Source: "RWKV-7 Goose with Expressive Dynamic State Evolution" (2025), section 4
 diagonal-plus-rank-one transition.
 """
 
-import functools
-import itertools
-import logging
-
 import torch
-import torch.nn.functional as F
 
-logger = logging.getLogger(__name__)
+from .wkv_operators import chunks, each_sequence, in_full_precision, initial_state, is_compiled, outer, to_float
 
+# Where it is missing, wkv_operators.py says so.
 try:
     from wkv_kernels.wkv7 import wkv7 as compiled_wkv7
-except ImportError as error:
+except ImportError:
     compiled_wkv7 = None
-    logger.warning(
-        "RWKV runs without compiled kernels (%s): plain PyTorch is used, same results but slower; "
-        "`pip install wkv` brings them.",
-        error,
-    )
 
 CHUNK_LENGTH = 64
-
-
-def _in_full_precision(op):
-    """Autocast would run the matrix products of `op` in half precision."""
-
-    @functools.wraps(op)
-    def wrapper(r, *args, **kwargs):
-        # The meta device knows no autocast.
-        if r.is_meta:
-            return op(r, *args, **kwargs)
-        with torch.autocast(r.device.type, enabled=False):
-            return op(r, *args, **kwargs)
-
-    return wrapper
 
 
 def wkv7(r, log_w, k, v, a, b, state=None, cu_seqlens=None):
@@ -54,15 +31,14 @@ def wkv7(r, log_w, k, v, a, b, state=None, cu_seqlens=None):
     `cu_seqlens` (n + 1,), B is 1, the row holds n sequences one after the other, and state is (n, H, K, V).
     Returns the output (B, T, H, V) in v's dtype and the final state in float32, shaped like `state`.
     """
-    # The compiled operator serves CPUs and float32 or less so far; all else runs the chunked form.
-    if compiled_wkv7 is not None and r.device.type in ("cpu", "meta") and r.dtype != torch.float64:
+    if compiled_wkv7 is not None and is_compiled(r):
         return compiled_wkv7(r, log_w, k, v, a, b, state, cu_seqlens)
     if r.shape[1] == 1:
         return naive_recurrent_wkv7(r, log_w, k, v, a, b, state, cu_seqlens)
     return chunk_wkv7(r, log_w, k, v, a, b, state, cu_seqlens)
 
 
-@_in_full_precision
+@in_full_precision
 def naive_recurrent_wkv7(r, log_w, k, v, a, b, state=None, cu_seqlens=None):
     """The definition: one step per token, everything in float32 (float64 when given float64).
 
@@ -71,19 +47,19 @@ def naive_recurrent_wkv7(r, log_w, k, v, a, b, state=None, cu_seqlens=None):
     Shapes and returns as in `wkv7`.
     """
     if cu_seqlens is not None:
-        return _each_sequence(naive_recurrent_wkv7, r, log_w, k, v, a, b, state, cu_seqlens)
+        return each_sequence(naive_recurrent_wkv7, (r, log_w, k, v, a, b), v, state, cu_seqlens)
     dtype = v.dtype
-    r, log_w, k, v, a, b = (_float(x) for x in (r, log_w, k, v, a, b))
-    S = _initial_state(k, v, state)
+    r, log_w, k, v, a, b = (to_float(x) for x in (r, log_w, k, v, a, b))
+    S = initial_state(k, v, state)
     outputs = []
     for t in range(r.shape[1]):
         sa = torch.einsum("bhk,bhkv->bhv", a[:, t], S)
-        S = log_w[:, t].exp().unsqueeze(-1) * S + _outer(b[:, t], sa) + _outer(k[:, t], v[:, t])
+        S = log_w[:, t].exp().unsqueeze(-1) * S + outer(b[:, t], sa) + outer(k[:, t], v[:, t])
         outputs.append(torch.einsum("bhk,bhkv->bhv", r[:, t], S))
-    return torch.stack(outputs, 1).to(dtype), S
+    return (torch.stack(outputs, 1) if outputs else v).to(dtype), S
 
 
-@_in_full_precision
+@in_full_precision
 def chunk_wkv7(r, log_w, k, v, a, b, state=None, cu_seqlens=None):
     """The same operator by chunks of 64 tokens: matrix products inside a chunk, one state update per chunk.
 
@@ -91,12 +67,14 @@ def chunk_wkv7(r, log_w, k, v, a, b, state=None, cu_seqlens=None):
     exp(20). Shapes and returns as in `wkv7`.
     """
     if cu_seqlens is not None:
-        return _each_sequence(chunk_wkv7, r, log_w, k, v, a, b, state, cu_seqlens)
+        return each_sequence(chunk_wkv7, (r, log_w, k, v, a, b), v, state, cu_seqlens)
     dtype, T = v.dtype, r.shape[1]
     n = min(CHUNK_LENGTH, T)
-    r, log_w, k, v, a, b = (_float(x) for x in (r, log_w, k, v, a, b))
-    S = _initial_state(k, v, state)
-    r, log_w, k, v, a, b = (_chunks(x, n) for x in (r, log_w, k, v, a, b))  # (B, H, chunks, n, K)
+    r, log_w, k, v, a, b = (to_float(x) for x in (r, log_w, k, v, a, b))
+    S = initial_state(k, v, state)
+    if T == 0:
+        return v.to(dtype), S
+    r, log_w, k, v, a, b = (chunks(x, n) for x in (r, log_w, k, v, a, b))  # (B, H, chunks, n, K)
 
     # Sums of log-decays from the chunk's start: `c` with the token itself, `e` without it, `total` of the whole chunk.
     c = log_w.cumsum(-2)
@@ -125,40 +103,3 @@ def chunk_wkv7(r, log_w, k, v, a, b, state=None, cu_seqlens=None):
         outputs.append(rk[:, :, i] @ v[:, :, i] + rb[:, :, i] @ u + r_start[:, :, i] @ S)
         S = carried[:, :, i] * S + k_end[:, :, i].mT @ v[:, :, i] + b_end[:, :, i].mT @ u
     return torch.cat(outputs, 2).transpose(1, 2)[:, :T].to(dtype), S
-
-
-def _each_sequence(op, r, log_w, k, v, a, b, state, cu_seqlens):
-    """Run `op` on every sequence of a packed row by itself."""
-    bounds = cu_seqlens.tolist()
-    outputs, states = [], []
-    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
-        row = [x[:, start:end] for x in (r, log_w, k, v, a, b)]
-        S = _initial_state(row[2], row[3], None if state is None else state[i : i + 1])
-        o = row[3]
-        if end > start:
-            o, S = op(*row, S)
-        outputs.append(o)
-        states.append(S)
-    return torch.cat(outputs, 1), torch.cat(states, 0)
-
-
-def _float(x):
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _outer(x, y):
-    return x.unsqueeze(-1) * y.unsqueeze(-2)
-
-
-def _initial_state(k, v, state):
-    if state is not None:
-        return state.to(torch.promote_types(k.dtype, torch.float32))
-    B, _, H, K = k.shape
-    return torch.zeros(B, H, K, v.shape[-1], dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
-
-
-def _chunks(x, n):
-    """(B, T, H, K) to (B, H, chunks, n, K); the zeros appended to the last chunk leave the state as it is."""
-    B, T, H, K = x.shape
-    x = F.pad(x, (0, 0, 0, 0, 0, -T % n))
-    return x.view(B, -1, n, H, K).permute(0, 3, 1, 2, 4)
