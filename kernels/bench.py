@@ -5,7 +5,7 @@ meets all of them. A ratio is ours over theirs within one turn; the tables give 
 smallest and largest. The tables go to standard output as markdown, progress to standard error; random weights, a build
 of llama.cpp and the chart to a cache folder; nothing else is written.
 
-    python kernels/bench.py                   # about eleven minutes, and six more the first time
+    python kernels/bench.py                   # about fourteen minutes, and six more the first time
     python kernels/bench.py --quick           # a minute and a half, fewer turns and rows
     python kernels/bench.py --only context    # one part
 """

@@ -88,7 +88,7 @@ def operator(bench) -> None:
         forms = process.call("names") or []
         title = f"`{op}`, forward + backward, B=1 T={T} H={H} K=64, fp32"
         columns = "ms", "ns a token and head", "compiled is faster by", "output differs from the loop by"
-        bench.show(tables.heading(title, *columns))
+        bench.show("\n" + tables.heading(title, *columns))
         samples = bench.take_turns(f"operator {op}", rounds, {form: (process, "step", form) for form in forms})
         errors = {form: process.call("error", form) for form in forms}
         process.close()

@@ -120,7 +120,10 @@ def test_without_the_compiled_package(model_type, model, tmp_path):
     out = model(ids, labels=ids, use_cache=True)
     out.loss.backward()
     assert_close(logits, out.logits)
-    assert_close(state, states(out.past_key_values))
+    # Sums over 75 tokens are up to 80 large where logits are 5, and so is their rounding.
+    for mine, theirs in zip(state, states(out.past_key_values), strict=True):
+        scale = max(1.0, theirs.abs().max().item() / 5)
+        assert_close(mine / scale, theirs / scale)
     assert_gradients_close(grads, gradients(model))
 
 

@@ -6,7 +6,8 @@ Glossary, as in the paper: B batch, T time, C residual width, A attention width;
 Names and configuration are those of transformers' own `rwkv`, which these classes replace.
 
 Source: "RWKV: Reinventing RNNs for the Transformer Era" (2023) and the official inference code. In half precision the
-projections run in the model's dtype; decay, keys, values and state are float32.
+projections run in the model's dtype; decay, keys, values and state are float32. rwkv_step.py, which decodes on
+CPUs, keeps all activations in float32.
 """
 
 import torch

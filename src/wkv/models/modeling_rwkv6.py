@@ -8,7 +8,7 @@ Names and configuration are those of the `rwkv6` repositories on the Hub.
 
 Source: "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence" (2024) and the official inference code.
 In half precision the projections run in the model's dtype; decay, state, and what the operator reads from the state are
-float32.
+float32. rwkv_step.py, which decodes on CPUs, keeps all activations in float32.
 """
 
 import torch

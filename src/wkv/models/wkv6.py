@@ -11,6 +11,7 @@ Source: "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence"
 """
 
 import torch
+import torch.nn.functional as F
 
 from .wkv_operators import chunks, each_sequence, in_full_precision, initial_state, is_compiled, outer, to_float
 
@@ -21,8 +22,6 @@ except ImportError:
     compiled_wkv6 = None
 
 CHUNK_LENGTH = 16
-# A decay of e^-30 a token erases the state in float32; with more, sums of log-decays would lose what little they tell.
-LOWEST_LOG_DECAY = -30.0
 
 
 def wkv6(r, log_w, u, k, v, state=None, cu_seqlens=None):
@@ -77,19 +76,18 @@ def chunk_wkv6(r, log_w, u, k, v, state=None, cu_seqlens=None):
     S = initial_state(k, v, state)
     if T == 0:
         return v.to(dtype), S
-    r, log_w, k, v = (chunks(x, n) for x in (r, log_w.clamp(min=LOWEST_LOG_DECAY), k, v))  # (B, H, chunks, n, K)
+    r, log_w, k, v = (chunks(x, n) for x in (r, log_w, k, v))  # (B, H, chunks, n, K)
 
-    # Sums of log-decays from the chunk's start: `c` with the token itself, `e` without it, `total` of the whole chunk.
-    c = log_w.cumsum(-2)
-    e = c - log_w
-    total = c[..., -1:, :]
-    earlier = torch.ones(n, n, dtype=torch.bool, device=k.device).tril(-1)
-    # Pairs (i, j) that are not j < i have a positive exponent, which is masked before it can overflow.
-    exponent = (e.unsqueeze(-2) - c.unsqueeze(-3)).masked_fill(~earlier.unsqueeze(-1), -torch.inf)
-    weights = torch.einsum("bhcik,bhcjk,bhcijk->bhcij", r, k, exponent.exp())  # (B, H, chunks, n, n)
+    # What decays token j until token i reads it is a sum of its own: differences of sums from the chunk's start would
+    # lose a weak decay beside a strong one, and -inf makes them NaN.
+    before = F.pad(log_w, (0, 0, 1, -1))
+    later = torch.ones(n, n, dtype=torch.bool, device=k.device).tril(-2).unsqueeze(-1)
+    between = torch.where(later, before.unsqueeze(-2), 0).cumsum(-3)  # (B, H, chunks, n, n, K)
+    weights = torch.einsum("bhcik,bhcjk,bhcijk->bhcij", r, k, between.exp()).tril(-1)
     bonus = (r * u[:, None, None] * k).sum(-1, keepdim=True)
     within = weights @ v + bonus * v
-    r_start, k_end, carried = r * e.exp(), k * (total - c).exp(), total.mT.exp()
+    r_start, carried = r * before.cumsum(-2).exp(), log_w.sum(-2, keepdim=True).mT.exp()
+    k_end = k * F.pad(log_w, (0, 0, -1, 1)).flip(-2).cumsum(-2).flip(-2).exp()
     outputs = []
     for i in range(k.shape[2]):
         outputs.append(within[:, :, i] + r_start[:, :, i] @ S)
