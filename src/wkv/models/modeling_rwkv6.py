@@ -25,7 +25,7 @@ from .rwkv_blocks import (
     Position,
     scaled,
 )
-from .rwkv_cache import read_state, write_state
+from .rwkv_cache import InitialState, read_state, write_state
 from .rwkv_fused import HeadGroupNorm
 from .rwkv_linear import linear_of_few_rows
 from .rwkv_sequences import run_operator, token_shift
@@ -41,6 +41,7 @@ class Rwkv6TimeMix(nn.Module):
         self.layer_idx = layer_idx
         self.head_size = config.head_size
         self.state_shape = config.state_shape
+        self.initial_state = InitialState()
         self.position = Position(config, layer_idx)
         C, A, H = config.hidden_size, config.attention_hidden_size, config.num_heads
         R, R_decay = config.time_mix_extra_dim, config.time_decay_extra_dim
@@ -85,6 +86,7 @@ class Rwkv6TimeMix(nn.Module):
             S,
             plan,
             self.state_shape,
+            self.initial_state(),
         )
         write_state(past_key_values, self.layer_idx, 0, last, S)
         o = self.ln_x(o.flatten(0, 1).flatten(1)).view(*x.shape[:2], -1).to(v.dtype)

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_rwkv7 import Rwkv7Config
 from .rwkv7_fused import key_stage, out_stage, value_residual
-from .rwkv_cache import read_state, write_state
+from .rwkv_cache import InitialState, read_state, write_state
 from .rwkv_common import RwkvPreTrainedModel
 from .rwkv_fused import HeadGroupNorm, relu_squared, shift_mix
 from .rwkv_memory_order import ReorderedChannelMix
@@ -52,6 +52,7 @@ class Rwkv7TimeMix(nn.Module):
         self.num_layers = config.num_hidden_layers
         self.head_dim = config.head_dim
         self.state_shape = config.state_shape
+        self.initial_state = InitialState()
         C, A = config.hidden_size, config.attention_hidden_size
         self.x_r = nn.Parameter(torch.empty(1, 1, C))
         self.x_w = nn.Parameter(torch.empty(1, 1, C))
@@ -91,7 +92,7 @@ class Rwkv7TimeMix(nn.Module):
         if plan.mask is not None:
             padding = ~plan.mask[..., None, None]
             log_w, k, b = (x.masked_fill(padding, 0) for x in (log_w, k, b))
-        o, S = run_operator(wkv7, (r, log_w, k, v, a, b), S, plan, self.state_shape)
+        o, S = run_operator(wkv7, (r, log_w, k, v, a, b), S, plan, self.state_shape, self.initial_state())
         write_state(past_key_values, self.layer_idx, 0, last, S)
         return self.o_proj(out_stage(self.g_norm, o, r, k, v, self.g_lora(x_g), self.r_k)), v_first
 

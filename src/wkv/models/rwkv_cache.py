@@ -4,6 +4,7 @@ Glossary: B batch, T time, C channels, S the recurrent state of a layer.
 """
 
 import torch
+from torch import nn
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_recurrent_attention_mask
 from transformers.utils import is_torchdynamo_compiling
@@ -136,6 +137,16 @@ def write_state(past_key_values, layer_idx: int, shift_idx: int, last, S=None) -
     if S is not None:
         past_key_values.update_recurrent_state(S.detach(), layer_idx)
     past_key_values.update_conv_state(last.detach().unsqueeze(-1), layer_idx, shift_idx)
+
+
+class InitialState(nn.Module):
+    """The WKV state that every text begins with: None, which is zeros.
+
+    An adapter may put another module in its place, which returns it in the shape of one row, in float32.
+    """
+
+    def forward(self) -> torch.Tensor | None:
+        return None
 
 
 def check_cache(config, past_key_values, batch: int) -> None:

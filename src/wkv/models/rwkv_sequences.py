@@ -114,16 +114,21 @@ def token_shift(x, carried, plan: SequencePlan):
     return padded[rows.unsqueeze(1), plan.source], padded[rows, plan.last]
 
 
-def run_operator(op, rows, S, plan: SequencePlan, state_shape):
+def run_operator(op, rows, S, plan: SequencePlan, state_shape, initial=None):
     """`op(*rows, S, cu_seqlens)`, a WKV operator, over rows (B, T, ...) that may hold packed documents.
 
-    S (B, *state_shape) or None; a decay (1, 1, ...) that all tokens share may be among the rows. Returns the output
-    (B, T, ...) and the state after the last document of each row.
+    S (B, *state_shape) or None; a decay (1, 1, ...) that all tokens share may be among the rows. `initial`
+    (*state_shape) is the state that every text begins with, None for zeros. Returns the output (B, T, ...) and the
+    state after the last document of each row.
     """
-    if plan.cu_seqlens is None:
-        return op(*rows, S, None)
     B, T = rows[-1].shape[:2]
-    states = torch.zeros(plan.cu_seqlens.shape[0] - 1, *state_shape, dtype=torch.float32, device=rows[-1].device)
+    if plan.cu_seqlens is None:
+        if S is None and initial is not None:
+            S = initial.expand(B, *state_shape)
+        return op(*rows, S, None)
+    if initial is None:
+        initial = torch.zeros(state_shape, dtype=torch.float32, device=rows[-1].device)
+    states = initial.expand(plan.cu_seqlens.shape[0] - 1, *state_shape)
     if S is not None:
         states = states.index_copy(0, plan.first, S)
     row = (x.reshape(1, B * T, *x.shape[2:]) if x.shape[:2] == (B, T) else x for x in rows)
