@@ -1,6 +1,7 @@
 # Each target sets up what it needs in .venv, from constraints.txt; Python 3.11, a C++20 compiler and CMake must be there.
 #   make demo       the shipped model writes English
 #   make test       every test but the slow ones        make test-slow   the slow ones
+#   make test-gpu   those for a CUDA device (its own build of PyTorch must be in .venv)
 #   make test-arm   the kernels, built for Arm and emulated; fetches a compiler from Debian into ~/.cache/wkv-arm
 #   make lint       formatting and lint, as CI checks it make format      put it right
 #   make bench      tables of ratios; make bench ARGS=--quick takes two minutes
@@ -14,7 +15,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 CXX_SOURCES := $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.hpp')
 BUILD_FILES := pyproject.toml constraints.txt kernels/CMakeLists.txt $(CXX_SOURCES)
 
-.PHONY: demo test test-slow test-arm lint format bench clean
+.PHONY: demo test test-slow test-gpu test-arm lint format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runtime
@@ -22,10 +23,13 @@ demo: $(VENV)/.runtime
 
 # One thread a worker: the workers share the cores.
 test: $(VENV)/.test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow" $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not gpu" $(ARGS)
 
 test-slow: $(VENV)/.test
 	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-gpu: $(VENV)/.test
+	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
 test-arm: $(VENV)/.test
 	@sh kernels/tests/get_arm_compiler.sh "$${XDG_CACHE_HOME:-$$HOME/.cache}/wkv-arm"

@@ -51,14 +51,16 @@ def without_kernels(model, monkeypatch, kind: str):
 
 @pytest.mark.parametrize("kind", ["naive_recurrent", "parallel"])
 def test_kernels_equal_plain_pytorch(own_model, inputs, kind, monkeypatch):
-    """What this machine dispatches to against the definition, inside the model: logits, state, gradients."""
-    ids, real = random_ids(2, T), inputs.get("attention_mask", torch.ones(2, T)) == 1
-    readout = torch.randn(2, T, own_model.config.vocab_size) * real.unsqueeze(-1)
+    """What this machine dispatches to against the definition, inside the model: logits, state, gradients.
+
+    Padding too: the loss predicts the first token of a row from the padding on its left.
+    """
+    ids, readout = random_ids(2, T), torch.randn(2, T, own_model.config.vocab_size)
 
     def everything():
         with torch.no_grad():
             out = own_model(ids, use_cache=True, **inputs)
-        return out.logits[real], states(out.past_key_values), backward(own_model, ids, readout, **inputs)
+        return out.logits, states(out.past_key_values), backward(own_model, ids, readout, **inputs)
 
     logits, state, grads = everything()
     without_kernels(own_model, monkeypatch, kind)

@@ -63,10 +63,12 @@ class RwkvTimeMix(nn.Module):
         k, v = linear_of_few_rows(self.key, x_k), linear_of_few_rows(self.value, x_v)  # (B, T, A)
         r = linear_of_few_rows(self.receptance, x_r).sigmoid()
         log_w, u = log_decay(self.time_decay.float()).view(1, 1, -1), self.time_first.float()
-        # Padding is an identity step.
+        # Padding is an identity step. Before the first token it meets its like, whose weights float32 cannot tell
+        # apart: with values of zero they do not matter.
         if plan.mask is not None:
             padding = ~plan.mask.unsqueeze(-1)
             log_w, k = log_w.masked_fill(padding, 0), k.float().masked_fill(padding, PADDING_KEY)
+            v = v.masked_fill(padding, 0)
         o, S = run_operator(
             lambda log_w, k, v, S, cu_seqlens: wkv4(log_w, u, k, v, S, cu_seqlens),
             (log_w, k, v),
