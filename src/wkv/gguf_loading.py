@@ -14,7 +14,7 @@ from transformers.integrations.gguf.dequant import dequantize
 from . import gguf_format
 from .auto import GENERATIONS as CLASSES
 from .gguf_tables import TABLES, Table, fields_of, scale_of, table_of, take_apart
-from .loading import _OnlyRead
+from .loading import OnlyRead
 
 
 def register(part: str) -> None:
@@ -45,7 +45,7 @@ def _transforms(table: Table, config) -> list[WeightConverter]:
     return [_FromGguf(table, config)]
 
 
-class _FromGguf(_OnlyRead, WeightConverter):
+class _FromGguf(OnlyRead, WeightConverter):
     """Renames any tensor of a file, and makes of it the parameters that it holds.
 
     Dequantising and casting, which transformers adds to a converter as operations, happen in `convert` as well: as

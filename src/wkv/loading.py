@@ -56,7 +56,7 @@ class _SplitMixes(ConversionOps):
         return {name: mix.reshape(1, 1, -1).clone() for name, mix in zip(target_patterns, stacked, strict=True)}
 
 
-class _OnlyRead:
+class OnlyRead:
     """For transforms: they act on loading alone, and are cheap to copy, as is done for every tensor."""
 
     # A model is saved by transforms in reverse, also one of another package's class for the same model type.
@@ -69,11 +69,11 @@ class _OnlyRead:
         return fresh
 
 
-class _ReadConverter(_OnlyRead, WeightConverter):
+class _ReadConverter(OnlyRead, WeightConverter):
     pass
 
 
-class _ReadNames(_OnlyRead, WeightRenaming):
+class _ReadNames(OnlyRead, WeightRenaming):
     """Renames by looking up the whole name, `*` for the block: a transform a name would be tried on every tensor."""
 
     def __init__(self, names: dict[str, str]):
