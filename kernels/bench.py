@@ -22,6 +22,7 @@ from pathlib import Path
 import bench_llama_cpp
 import bench_parts as parts
 import bench_tables as tables
+import bench_training
 import bench_weights
 from bench_process import Absent, Contender
 from rich.console import Console
@@ -43,7 +44,8 @@ PARTS = {
     "inference": parts.inference,
     "large": parts.large,
     "context": parts.context,
-    "training": parts.training,
+    "training": bench_training.training,
+    "lora": bench_training.lora,
     "generations": parts.generations,
 }
 LEGEND = """\

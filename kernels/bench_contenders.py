@@ -4,6 +4,7 @@ Letters: T tokens, B batch, H heads, K head size. Most methods return seconds. T
 OMP_NUM_THREADS.
 """
 
+import contextlib
 import copy
 import os
 import statistics
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 from bench_weights import ZEROS, Shape
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 # Tokens of a slice when a context is read.
@@ -21,6 +23,9 @@ SLICE = 1024
 
 class HuggingFace:
     """A causal language model with the interface of transformers."""
+
+    # Where `adapt` puts its adapters; None leaves it to PEFT.
+    projections: list[str] | None = None
 
     def __init__(self, model):
         self.model = model.eval()
@@ -73,6 +78,12 @@ class HuggingFace:
         self.model.zero_grad(set_to_none=True)
         return seconds
 
+    def adapt(self) -> int:
+        """Freeze the model, with LoRA adapters of rank 16 at its blocks' projections; how many values those have."""
+        config = LoraConfig(r=16, target_modules=self.projections, task_type="CAUSAL_LM")
+        self.model = get_peft_model(self.model, config)
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
     def logits(self, ids: list[int]) -> list[float]:
         """The first logits after a prompt, to see that the contenders run the same weights."""
         self.prefill(ids)
@@ -98,6 +109,11 @@ class Wkv(HuggingFace):
         result = getattr(self, method)(*arguments)
         self._set_bias(1.0)
         return result
+
+    def decode_adapted(self, active: bool, count: int) -> float:
+        """One row of `decode_rows` by an adapted model, with its adapters or without."""
+        with contextlib.nullcontext() if active else self.model.disable_adapter():
+            return self.decode_rows(1, count)
 
     def zeros(self, ids: list[int]) -> float:
         """The share of the feed-forward activations of a prompt that is zero."""
@@ -146,6 +162,9 @@ class Rwkv7Hf(HuggingFace):
 
 class Llama(HuggingFace):
     """A Llama of transformers with as many parameters, random weights."""
+
+    # PEFT by itself takes two of them.
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
     def __init__(self, shape: Shape, official: Path, folder: Path, dtype: str):
         config = LlamaConfig(

@@ -9,8 +9,7 @@ import statistics
 
 import bench_chart
 import bench_tables as tables
-import psutil
-from bench_process import Absent, Contender
+from bench_process import Contender
 from bench_weights import SHAPES, ZEROS, Shape, other_generations
 
 FORMS = {
@@ -22,13 +21,14 @@ FORMS = {
 }
 # Nearly none of the feed-forward activations zero, instead of the share ZEROS.
 DENSE = 0.001
-# Free memory without which a training step of so many tokens is not asked of a model.
-TRAINING_MEMORY = {("rwkv7-hf", 512): 20e9, ("Llama", 8192): 16e9}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Shapes, lengths, turns and opponents of a run; `training` holds T, dtypes, turns and opponents of each step."""
+    """Shapes, lengths, turns and opponents of a run.
+
+    `training` holds T, dtypes, turns and opponents of each step, `lora` T and turns.
+    """
 
     shape: Shape
     large: Shape
@@ -40,13 +40,14 @@ class Plan:
     tokens: int
     contexts: tuple[int, ...]
     training: tuple[tuple[int, tuple[str, ...], int, tuple[str, ...]], ...]
+    lora: tuple[int, int]
 
 
 BOTH = tuple(tables.DTYPES)
 FULL = Plan(
     shape=SHAPES["191m"],
     large=SHAPES["1.5b"],
-    parts=("operator", "inference", "large", "context", "training", "generations"),
+    parts=("operator", "inference", "large", "context", "training", "lora", "generations"),
     opponents=("rwkv", "rwkv7-hf", "Llama"),
     operator=(512, 12),
     prompt=512,
@@ -54,6 +55,7 @@ FULL = Plan(
     tokens=32,
     contexts=(0, 4096, 16384, 65536),
     training=((512, BOTH, 3, ("Llama", "rwkv7-hf")), (2048, BOTH, 3, ("Llama",)), (8192, BOTH[1:], 2, ("Llama",))),
+    lora=(1024, 5),
 )
 QUICK = dataclasses.replace(
     FULL,
@@ -74,6 +76,7 @@ TINY = dataclasses.replace(
     tokens=4,
     contexts=(0, 64, 2048),
     training=((32, BOTH, 2, ("Llama", "rwkv7-hf")), (64, BOTH[1:], 1, ("Llama",))),
+    lora=(32, 2),
 )
 # By shape: the plan of a full and of a quick run.
 PLANS = {"191m": (FULL, QUICK), "tiny": (TINY, TINY)}
@@ -104,9 +107,9 @@ def operator(bench) -> None:
 
 
 def inference(bench) -> None:
-    """Prefill and decoding with both dtypes, all models alive at once, and a batch of 8 against one row."""
+    """Prefill and decoding with both dtypes, all models alive at once, a batch of 8 against one row, and LoRA."""
     plan, names = bench.plan, ("wkv", "llama.cpp", *bench.plan.opponents)
-    _heading(bench, "tokens per second", plan.shape, names)
+    heading(bench, "tokens per second", plan.shape, names)
     for dtype in BOTH:
         group = bench.start(names, plan.shape, dtype)
         _compare_logits(bench, group, dtype)
@@ -114,30 +117,31 @@ def inference(bench) -> None:
         _decode(bench, group, plan.shape, dtype, plan.rounds, plan.tokens)
         if dtype != "float32":
             _batch(bench, group)
-        _close(group)
+            _adapted(bench, group)
+        close(group)
 
 
 def large(bench) -> None:
     """A larger model against llama.cpp, with few tokens."""
     names, shape = ("wkv", "llama.cpp"), bench.plan.large
-    _heading(bench, "tokens per second", shape, names)
+    heading(bench, "tokens per second", shape, names)
     group = bench.start(names, shape, "bfloat16")
     _compare_logits(bench, group, "bfloat16")
     _decode(bench, group, shape, "bfloat16", 3, bench.plan.tokens // 4)
     _prefill(bench, group, shape, "bfloat16", 2)
-    _close(group)
+    close(group)
 
 
-def _heading(bench, title: str, shape: Shape, names) -> None:
+def heading(bench, title: str, shape: Shape, names) -> None:
     bench.show("\n" + tables.heading(f"{title}, RWKV-7 {shape.name}", *map(tables.column, names)))
 
 
-def _close(group: dict) -> None:
+def close(group: dict) -> None:
     for contender in group.values():
         contender.close()
 
 
-def _ids(shape: Shape, count: int) -> list[int]:
+def random_ids(shape: Shape, count: int) -> list[int]:
     return random.Random(0).choices(range(1, shape.vocabulary), k=count)
 
 
@@ -145,7 +149,7 @@ def _compare_logits(bench, group: dict, dtype: str) -> None:
     """Say how far the logits of the others with our weights are from ours."""
     for contender in group.values():
         contender.wait()
-    ids = _ids(bench.plan.shape, 32)
+    ids = random_ids(bench.plan.shape, 32)
     logits = {name: contender.call("logits", ids) for name, contender in group.items() if name != "Llama"}
     for name, theirs in logits.items():
         if theirs and logits["wkv"] and name != "wkv":
@@ -155,7 +159,7 @@ def _compare_logits(bench, group: dict, dtype: str) -> None:
 
 def _prefill(bench, group: dict, shape: Shape, dtype: str, rounds: int) -> None:
     """One row; llama.cpp also in F16, and the faster of its two 16-bit types counts."""
-    ids, others = _ids(shape, bench.plan.prompt), {}
+    ids, others = random_ids(shape, bench.plan.prompt), {}
     if dtype != "float32" and shape.official:
         others = {"llama.cpp F16": bench.start(["llama.cpp"], shape, "float16")["llama.cpp"]}
     calls = {name: (contender, "prefill", ids) for name, contender in (group | others).items()}
@@ -167,7 +171,7 @@ def _prefill(bench, group: dict, shape: Shape, dtype: str, rounds: int) -> None:
         bench.note(f"prefill: {best} is the faster of the two")
         samples["llama.cpp"] = samples[best]
     _row(bench, f"prefill, {len(ids)} tokens, {tables.DTYPES[dtype]}", group, samples, len(ids), limit)
-    _close(others)
+    close(others)
 
 
 def _decode(bench, group: dict, shape: Shape, dtype: str, rounds: int, tokens: int) -> None:
@@ -180,7 +184,7 @@ def _decode(bench, group: dict, shape: Shape, dtype: str, rounds: int, tokens: i
     samples = bench.take_turns(f"decode {short}", rounds, calls)
     reads = samples.pop("limit")
     each = {name: [seconds / counts.get(name, tokens) for seconds in turns] for name, turns in samples.items()}
-    dense, zeros = each.pop("dense"), group["wkv"].call("zeros", _ids(shape, 64)) or ZEROS
+    dense, zeros = each.pop("dense"), group["wkv"].call("zeros", random_ids(shape, 64)) or ZEROS
     for share, ours in ((0, dense), (zeros, each["wkv"])):
         weights = shape.blocks + shape.head - share * shape.value
         limit = [seconds * weights * (4 if dtype == "float32" else 2) / 2**30 for seconds in reads]
@@ -204,6 +208,18 @@ def _batch(bench, group: dict) -> None:
         bench.show(tables.line(title, cell, *["-"] * (len(group) - 1)))
 
 
+def _adapted(bench, group: dict) -> None:
+    """LoRA of rank 16 on all projections of the blocks, against the same model with its adapters disabled."""
+    group["wkv"].call("adapt")
+    calls = {active: (group["wkv"], "decode_adapted", active, bench.plan.tokens) for active in (True, False)}
+    samples = bench.take_turns("LoRA", bench.plan.rounds, calls)
+    cell = group["wkv"].problem
+    if samples[True]:
+        cell = f"{tables.speed(bench.plan.tokens, samples[True], None)}: {tables.ratio(samples[False], samples[True])}"
+    title = "decode with LoRA (against disabled), batch 1, bf16"
+    bench.show(tables.line(title, cell, *["-"] * (len(group) - 1)))
+
+
 def _row(bench, title: str, group: dict, samples: dict, tokens: int, limit: list[float], more: str = "") -> None:
     """Tokens per second; ours with its share of the limit and `more`, the others with a ratio, or why there is none."""
     cells = [contender.problem for contender in group.values()]
@@ -225,7 +241,7 @@ def context(bench) -> None:
         for name, contender in group.items()
     }
     samples = bench.take_turns("context", max(2, bench.plan.rounds // 2 + 1), calls)
-    _close(group)
+    close(group)
     titles = (title for name in group for title in (tables.column(name), "its cache; its process"))
     bench.show("\n" + tables.heading(f"decode after a context, RWKV-7 {bench.plan.shape.name}, bf16", *titles))
     points = {}
@@ -254,42 +270,6 @@ def context(bench) -> None:
         bench.note(f"chart: {bench.chart}")
 
 
-def training(bench) -> None:
-    """Forward, loss and backward without an optimizer, and the peak memory of the processes."""
-    steps = bench.plan.training
-    names = ("wkv", *dict.fromkeys(name for *_, opponents in steps for name in opponents))
-    _heading(bench, "training step, tokens per second and peak memory", bench.plan.shape, names)
-    for dtype in BOTH:
-        group = bench.start(names, bench.plan.shape, dtype)
-        warm = True
-        for T, dtypes, rounds, opponents in steps:
-            if dtype not in dtypes:
-                continue
-            taking = {name: group[name] for name in ("wkv", *opponents)}
-            for name in set(group) - set(taking):
-                group.pop(name).close()
-            _training_row(bench, names, taking, T, dtype, rounds, warm)
-            warm = False
-        _close(group)
-
-
-def _training_row(bench, names, group: dict, T: int, dtype: str, rounds: int, warm: bool) -> None:
-    for name in list(group):
-        need = TRAINING_MEMORY.get((name, T), 0)
-        if psutil.virtual_memory().available < need:
-            group[name] = Absent(f"needs {need / 1e9:.0f} GB of free memory")
-    calls = {name: (contender, "train", _ids(bench.plan.shape, T)) for name, contender in group.items()}
-    samples = bench.take_turns(f"training step {tables.DTYPES[dtype]}, T = {T}", rounds, calls, warm)
-    cells = []
-    for name in names:
-        if name not in group or group[name].problem or not samples[name]:
-            cells.append(group[name].problem if name in group else "-")
-            continue
-        speed = tables.speed(T, samples[name], samples["wkv"] if name != "wkv" else None)
-        cells.append(f"{speed}; {tables.size(group[name].peak)}")
-    bench.show(tables.line(f"T = {T}, {tables.DTYPES[dtype]}", *cells))
-
-
 def generations(bench) -> None:
     """RWKV-4, 5 and 6 at the size of the smallest models: prompt, decoding, training step."""
     plan, names = bench.plan, ("wkv", "rwkv", "native RWKV-4")
@@ -298,9 +278,9 @@ def generations(bench) -> None:
         for dtype in BOTH:
             group = bench.start(names if shape.version == "4" else names[:2], shape, dtype)
             works = {
-                f"prefill, {plan.prompt} tokens": ("prefill", _ids(shape, plan.prompt), plan.prompt),
+                f"prefill, {plan.prompt} tokens": ("prefill", random_ids(shape, plan.prompt), plan.prompt),
                 "decode, batch 1": ("decode", plan.tokens, plan.tokens),
-                f"training step, T = {plan.prompt}": ("train", _ids(shape, plan.prompt), plan.prompt),
+                f"training step, T = {plan.prompt}": ("train", random_ids(shape, plan.prompt), plan.prompt),
             }
             for title, (method, argument, tokens) in works.items():
                 able = {name: contender for name, contender in group.items() if (name, method) != ("rwkv", "train")}
@@ -312,4 +292,4 @@ def generations(bench) -> None:
                     cells[name] = contender.problem or tables.speed(tokens, samples[name], ours)
                 short = tables.DTYPES[dtype]
                 bench.show(tables.line(f"RWKV-{shape.version} {shape.name}, {title}, {short}", *cells.values()))
-            _close(group)
+            close(group)

@@ -11,16 +11,15 @@ bfloat16 with the tokenizer, `OUTPUT_DIR/curve.png` the loss curve; the log has 
 and bits per byte of the held-out speeches.
 """
 
-import json
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from checkpoints import SaveOnInterrupt, exit_if_interrupted, last_complete_checkpoint, new_folder
 from corpus import HELD_OUT, Blocks, bits_per_byte, split, token_stream
-from plots import loss_curve
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
+from plots import curves
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from wkv.models.modeling_rwkv7 import Rwkv7Config, RWKV7ForCausalLM
 from wkv.models.tokenization_rwkv import RwkvTokenizer, read_world_vocabulary
@@ -81,37 +80,6 @@ class Pretrainer(Trainer):
         super().log(logs, start_time)
 
 
-class SaveOnInterrupt(TrainerCallback):
-    """On SIGINT or SIGTERM: finish the step, save a checkpoint, stop."""
-
-    interrupted = False
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.interrupt)
-
-    def interrupt(self, number, frame):
-        self.interrupted = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
-
-
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose saving was finished: the Trainer writes `trainer_state.json` last."""
-
-    def is_complete(checkpoint: Path) -> bool:
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return False
-        return True
-
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    return next((checkpoint for checkpoint in reversed(checkpoints) if is_complete(checkpoint)), None)
-
-
 def make_tokenizer(folder: Path, texts: list[str], size: int) -> RwkvTokenizer:
     """Return the tokenizer in `folder`; the first time, choose its pieces for `texts` and save it there."""
     if not (folder / "tokenizer.json").exists():
@@ -166,15 +134,13 @@ def main() -> None:
         callbacks=[SaveOnInterrupt()],
     )
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(output))
-    loss_curve(
-        trainer.state.log_history, output / "curve.png", f"RWKV-7, {model.num_parameters() / 1e6:.1f} M parameters"
-    )
-    if trainer.state.global_step < args.max_steps:
-        print(f"interrupted at step {trainer.state.global_step}; run the same command to go on")
-        return
+    title = f"RWKV-7, {model.num_parameters() / 1e6:.1f} M parameters"
+    curves(trainer.state.log_history, output / "curve.png", title, ("loss", "bits_per_byte"))
+    exit_if_interrupted(trainer)
     print(f"held-out bits per byte: {trainer.evaluate()['eval_bits_per_byte']:.4f}")
-    model.to(torch.bfloat16).save_pretrained(output / "final")
-    tokenizer.save_pretrained(output / "final")
+    with new_folder(output / "final") as folder:
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -137,6 +137,17 @@ def test_training_is_a_whole_step(ours):
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in ours.model.named_parameters())
 
 
+def test_adapters_are_on_every_projection_of_the_blocks(files):
+    counts = []
+    for contender in (bench_contenders.Wkv, bench_contenders.Llama):
+        adapted = contender(TINY, *files, "bfloat16")
+        counts.append(adapted.adapt())
+        trained = [name for name, p in adapted.model.named_parameters() if p.requires_grad]
+        assert trained and all(".lora_" in name for name in trained)
+        assert adapted.train(IDS) > 0
+    assert 0.8 < counts[0] / counts[1] < 1.25
+
+
 @pytest.mark.parametrize("op", bench_operator.OPERATORS)
 def test_the_forms_of_the_operator_agree(op):
     operator = bench_operator.Operator(op, T=48, H=2, K=16)
@@ -237,6 +248,7 @@ def test_a_run_prints_every_row(tmp_path):
         "| 2048 tokens |",
         "| T = 32, fp32 |",
         "| T = 64, bf16 |",
+        "| adapters' parameters |",
         "| RWKV-4 L2-D128, training step, T = 32, bf16 |",
         "| RWKV-6 L2-D128, decode, batch 1, fp32 |",
     ):

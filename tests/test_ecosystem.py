@@ -7,8 +7,9 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_close, busy_model, gradients, random_ids, tiny_config
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from conftest import assert_close, busy_model, random_ids, tiny_config
+from peft import AutoPeftModelForCausalLM, PeftModel
+from peft_cases import adapted
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
@@ -19,16 +20,6 @@ from transformers import (
 )
 
 from wkv.vocabulary import build_tokenizer
-
-# The linear layers that PEFT adapts unless it is told otherwise.
-LORA_TARGETS = {
-    "rwkv": {"time-mix": {"receptance", "key", "value", "output"}, "channel-mix": {"receptance", "key", "value"}},
-    "rwkv7": {"time-mix": {"r_proj", "k_proj", "v_proj", "o_proj"}, "channel-mix": {"key", "value"}},
-}
-LORA_TARGETS["rwkv5"] = LORA_TARGETS["rwkv6"] = {
-    "time-mix": {"receptance", "key", "value", "gate", "output"},
-    "channel-mix": {"receptance", "key", "value"},
-}
 
 
 @pytest.fixture(scope="module")
@@ -63,81 +54,28 @@ def classifier(folder, **changes):
     return model
 
 
-def adapted(model, task: str):
-    """`model` with LoRA adapters on PEFT's default targets that are at work: freshly made ones add zero."""
-    model = get_peft_model(model, LoraConfig(task_type=task))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2, generator=generator)
-    return model
-
-
-def test_lora_goes_on_the_projections(folder, model_type):
-    model = adapted(language_model(folder), "CAUSAL_LM")
-    found = {"time-mix": [], "channel-mix": []}
-    for name, _ in model.named_parameters():
-        if "lora_A" in name:
-            part, module = name.split(".")[-5:-3]
-            found["time-mix" if part.startswith("att") else "channel-mix"].append(module)
-    for part, targets in LORA_TARGETS[model_type].items():
-        assert sorted(found[part]) == sorted(2 * list(targets))
-
-
-def test_lora_trains_what_it_evaluates(folder):
-    """Both modes give the same logits, different from the plain model's, and every adapter has a gradient."""
-    ids = random_ids(2, 9)
-    model = adapted(language_model(folder), "CAUSAL_LM")
-    trained = model.train()(ids, labels=ids)
-    trained.loss.backward()
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    found = gradients(model)
-    assert names and all("lora_" in name for name in names)
-    assert all(found[name] is not None and found[name].any() for name in names)
-    with torch.no_grad():
-        evaluated = model.eval()(ids).logits
-        assert_close(trained.logits, evaluated)
-        with model.disable_adapter():
-            plain = model(ids).logits
-    assert_close(plain, language_model(folder)(ids).logits)
-    assert (plain - evaluated).abs().max() > 0.1
-
-
+@torch.no_grad()
 def test_lora_is_saved_loaded_and_merged(folder, tmp_path):
-    ids = random_ids(2, 9)
-    model = adapted(language_model(folder), "CAUSAL_LM").eval()
+    """By every door of PEFT and transformers; merged after decoding, whose kernels keep weights in another order."""
+    ids, settings = random_ids(2, 9), {"max_new_tokens": 8, "do_sample": False}
+    model = adapted(language_model(folder), target_modules="all-linear")
     model.save_pretrained(tmp_path / "adapter")
-    with torch.no_grad():
-        expected = model(ids).logits
-        written = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
-        for loaded in (
-            PeftModel.from_pretrained(language_model(folder), tmp_path / "adapter"),
-            AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"),
-            AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"),
-        ):
-            assert torch.equal(loaded.eval()(ids).logits, expected)
-            assert torch.equal(loaded.generate(input_ids=ids, max_new_tokens=8, do_sample=False), written)
-        # After decoding, whose kernels keep weights in an order of their own.
-        merged = model.merge_and_unload()
-        assert_close(merged(ids).logits, expected)
-        assert torch.equal(merged.generate(ids, max_new_tokens=8, do_sample=False), written)
-        merged.save_pretrained(tmp_path / "merged")
-        assert_close(language_model(tmp_path / "merged")(ids).logits, expected)
-
-
-def test_lora_on_a_classifier(folder, tmp_path):
-    """PEFT trains and saves the new head along with the adapters."""
-    ids = random_ids(2, 9)
-    model = adapted(classifier(folder, num_labels=3), "SEQ_CLS").eval()
-    model.save_pretrained(tmp_path)
-    model.train()(ids, labels=torch.tensor([0, 2])).loss.backward()
-    assert any("score" in name and p.grad is not None for name, p in model.named_parameters())
-    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
-    with torch.no_grad():
-        expected = model.eval()(ids).logits
-        assert_close(PeftModel.from_pretrained(base, tmp_path).eval()(ids).logits, expected)
-        assert_close(model.merge_and_unload()(ids).logits, expected)
+    expected, written = model(ids).logits, model.generate(input_ids=ids, **settings)
+    own = language_model(folder)
+    own.load_adapter(tmp_path / "adapter")
+    for loaded in (
+        PeftModel.from_pretrained(language_model(folder), tmp_path / "adapter"),
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"),
+        own,
+    ):
+        assert torch.equal(loaded.eval()(ids).logits, expected)
+        assert torch.equal(loaded.generate(input_ids=ids, **settings), written)
+    merged = model.merge_and_unload()
+    assert_close(merged(ids).logits, expected)
+    assert torch.equal(merged.generate(ids, **settings), written)
+    merged.save_pretrained(tmp_path / "merged")
+    assert_close(language_model(tmp_path / "merged")(ids).logits, expected)
 
 
 def test_text_generation_pipeline(folder, tokenizer):

@@ -26,6 +26,7 @@ CASES = {
     **{f"wkv-then-{name}": f"import wkv\n{door}" for name, door in DOORS.items()},
     **{f"{name}-then-wkv": f"{door}\nimport wkv" for name, door in DOORS.items()},
     "model-classes": "from wkv.models.modeling_rwkv7 import RWKV7ForCausalLM",
+    "blocks": "from wkv.models.rwkv_blocks import RwkvBlock",
     "tokenizer-class": "from wkv.models.tokenization_rwkv import RwkvTokenizer",
     "configuration-class": "from wkv.models.configuration_rwkv7 import Rwkv7Config",
     "checkpoints": "from wkv.checkpoints import convert",

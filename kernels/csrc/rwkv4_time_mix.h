@@ -22,15 +22,19 @@ struct Rwkv4TimeMix : Part {
     }
 
     void project_rows(int64_t begin, int64_t end) {
-        const auto mixed = [&](int64_t mix) { return local + mix * B * step.Cp; };
         if (begin == 0) keep_shift(step, mixed(3));
         const Projection matrices[] = {
-            {own.receptance, A, mixed(0), step.r, step.Ap},
-            {own.key, A, mixed(1), step.k, step.Ap},
-            {own.value, A, mixed(2), step.v, step.Ap},
+            {WKV_RECEPTANCE, own.receptance, A, step.r, step.Ap},
+            {WKV_KEY, own.key, A, step.k, step.Ap},
+            {WKV_VALUE, own.value, A, step.v, step.Ap},
         };
-        project<kDtype>(step, matrices, begin, end);
+        project<kDtype>(*this, matrices, begin, end);
     }
+
+    float* mixed(int64_t mix) const { return local + mix * B * step.Cp; }
+
+    // The mixes are in the order of the matrices.
+    Input input(int64_t matrix) const { return {mixed(matrix), step.Cp, C}; }
 
     void channels(int64_t begin, int64_t end) {
         if (begin == 0) write_shift(step, state.attn_shift);

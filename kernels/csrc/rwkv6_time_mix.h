@@ -15,7 +15,7 @@ struct Rwkv6TimeMix : Part {
 
     // Low-rank values: of the mixes, kTokenMixes for each rank, and of the decay.
     enum { kOfMixes, kOfDecay };
-    // Mixes in the order of memory.
+    // Mixes in the order of memory, which is that of the matrices.
     enum { kMixR, kMixK, kMixV, kMixG, kMixW };
 
     void prepare(RwkvPhase phase) {
@@ -55,6 +55,8 @@ struct Rwkv6TimeMix : Part {
                 put(step.low + b * step.low_size + step.low_begin[kind] + begin, tanh(load(sums + b * ld + i)), i, n);
     }
 
+    Input input(int64_t matrix) const { return {mixed(matrix), step.Cp, C}; }
+
     float* mixed(int64_t which) const { return (by_token ? step.mixed : local) + which * B * step.Cp; }
 
     // The norm is in `shifted`; the state still has the token before.
@@ -89,12 +91,12 @@ struct Rwkv6TimeMix : Part {
         // Behind the mixes that depend on no token stands the norm.
         if (begin == 0 && !by_token) keep_shift(step, mixed(4));
         const Projection matrices[] = {
-            {own.receptance, A, mixed(kMixR), step.r, step.Ap},
-            {own.key, A, mixed(kMixK), step.k, step.Ap},
-            {own.value, A, mixed(kMixV), step.v, step.Ap},
-            {own.gate, step.has_gate ? A : 0, mixed(kMixG), step.g, step.Ap},
+            {WKV_RECEPTANCE, own.receptance, A, step.r, step.Ap},
+            {WKV_KEY, own.key, A, step.k, step.Ap},
+            {WKV_VALUE, own.value, A, step.v, step.Ap},
+            {WKV_GATE, own.gate, step.has_gate ? A : 0, step.g, step.Ap},
         };
-        project<kDtype>(step, matrices, begin, end);
+        project<kDtype>(*this, matrices, begin, end);
         const int64_t first = 4 * A;
         if (by_token && end > first)
             low_values(own.decay_w1, kOfDecay, begin > first ? begin - first : 0, end - first, mixed(kMixW), local);

@@ -30,19 +30,30 @@ struct Rwkv7TimeMix : Part {
     }
 
     void project_rows(int64_t begin, int64_t end) {
-        const auto mixed = [&](int64_t mix) { return local + mix * B * step.Cp; };
         const auto low = [&](int64_t kind) { return step.low + step.low_begin[kind]; };
         if (begin == 0) keep_shift(step, mixed(kMixes));
         const Projection matrices[] = {
-            {own.receptance, A, mixed(kMixR), step.r, step.Ap},
-            {own.key, A, mixed(kMixK), step.k, step.Ap},
-            {own.value, A, mixed(kMixV), step.v, step.Ap},
-            {own.w_down, step.ranks[kW], mixed(kMixW), low(kW), step.low_size},
-            {own.a_down, step.ranks[kA], mixed(kMixA), low(kA), step.low_size},
-            {own.v_down, layer == 0 ? 0 : step.ranks[kV], mixed(kMixV), low(kV), step.low_size},
-            {own.g_down, step.ranks[kG], mixed(kMixG), low(kG), step.low_size},
+            {WKV_RECEPTANCE, own.receptance, A, step.r, step.Ap},
+            {WKV_KEY, own.key, A, step.k, step.Ap},
+            {WKV_VALUE, own.value, A, step.v, step.Ap},
+            {WKV_W_DOWN, own.w_down, step.ranks[kW], low(kW), step.low_size},
+            {WKV_A_DOWN, own.a_down, step.ranks[kA], low(kA), step.low_size},
+            {WKV_V_DOWN, own.v_down, layer == 0 ? 0 : step.ranks[kV], low(kV), step.low_size},
+            {WKV_G_DOWN, own.g_down, step.ranks[kG], low(kG), step.low_size},
         };
-        project<kDtype>(step, matrices, begin, end);
+        project<kDtype>(*this, matrices, begin, end);
+    }
+
+    float* mixed(int64_t mix) const { return local + mix * B * step.Cp; }
+
+    // Of the projections, and of the up projections as prepare_heads leaves it.
+    Input input(int64_t matrix) const {
+        if (matrix >= WKV_W_UP) {
+            const int64_t kind = matrix - WKV_W_UP;
+            return {local + step.low_begin[kind], step.low_size, step.ranks[kind]};
+        }
+        constexpr int kMix[] = {kMixR, kMixK, kMixV, kMixG, kMixW, kMixA, kMixV, kMixG};
+        return {mixed(kMix[matrix]), step.Cp, C};
     }
 
     void prepare_heads() {
@@ -67,8 +78,8 @@ struct Rwkv7TimeMix : Part {
                 const auto write = [&](int64_t b, int64_t row, const float* values, int64_t count) {
                     __builtin_memcpy(up + (b * 4 + m) * Kp + row - head * K, values, count * sizeof(float));
                 };
-                multiply_rows<kDtype>(matrices[m], step.ranks[m], head * K, head * K + K, local + step.low_begin[m],
-                                      step.low_size, B, write);
+                multiply<kDtype>(step, layer, WKV_W_UP + m, matrices[m], input(WKV_W_UP + m), head * K, head * K + K,
+                                 write);
             }
             for (int64_t b = 0; b < B; ++b) one_head(b, head, up + b * 4 * Kp, up + B * 4 * Kp);
         }

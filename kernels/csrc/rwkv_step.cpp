@@ -64,6 +64,15 @@ class Schedule {
             bounds_[phase] = cut(step.length(phase), smallest, multiple, n_threads);
             per_layer_ += n_parts(phase);
         };
+        // Adapters are few rows, often of float32.
+        const auto set_inner = [&](RwkvPhase phase, int64_t row) {
+            set(phase, std::max<int64_t>(1, kPartWork / (4 * row)), 1);
+        };
+        set_inner(kProjectInner, args.C);
+        set_inner(kHeadsInner, args.C);
+        set_inner(kOutputInner, step.A);
+        set_inner(kKeyInner, args.C);
+        set_inner(kValueInner, args.F);
         set(kLow, rows(args.C), 16);
         set(kMix, rows(step.ranks[0]), 16);
         set(kProject, rows(args.C), 16);
@@ -87,9 +96,10 @@ class Schedule {
             }
             wait_until(done_, first);
             const auto which = static_cast<RwkvPhase>(phase);
-            if (prepared != layer * kRwkvPhases + phase) {
-                kernels().prepare(step_, which, layer, local);
-                prepared = layer * kRwkvPhases + phase;
+            const int64_t next = is_inner(phase) ? phase + 1 : phase;
+            if (prepared != layer * kRwkvPhases + next) {
+                kernels().prepare(step_, static_cast<RwkvPhase>(next), layer, local);
+                prepared = layer * kRwkvPhases + next;
             }
             const int64_t* bounds = &bounds_[phase][part - first];
             kernels().run(step_, which, layer, bounds[0], bounds[1], local);

@@ -2,8 +2,7 @@
 // columns of matrices, adding to the residual.
 #pragma once
 
-#include "few_rows.h"
-#include "rwkv_step.h"
+#include "rwkv_step_terms.h"
 
 namespace wkv {
 namespace WKV_SIMD {
@@ -93,25 +92,25 @@ struct Part {
     const int64_t B = step.args.B, C = step.args.C, H = step.args.H, K = step.args.K, F = step.args.F, A = step.A;
 };
 
-// A matrix of n rows, the vectors (B, Cp) that it is multiplied with, and where the products go.
+// A matrix of n rows, and where the products with its input go.
 struct Projection {
+    int64_t matrix;
     const void* w;
     int64_t n;
-    const float* x;
     float* to;
     int64_t ld;
 };
 
 // Rows [begin, end) of matrices that are counted one after the other.
-template <int64_t kDtype, int kN>
-WKV_INLINE void project(const RwkvStep& step, const Projection (&matrices)[kN], int64_t begin, int64_t end) {
+template <int64_t kDtype, class Half, int kN>
+WKV_INLINE void project(const Half& half, const Projection (&matrices)[kN], int64_t begin, int64_t end) {
     int64_t first = 0;
     for (const Projection& m : matrices) {
         const int64_t from = begin > first ? begin - first : 0, to = end - first < m.n ? end - first : m.n;
         const auto write = [&](int64_t b, int64_t row, const float* values, int64_t count) {
             __builtin_memcpy(m.to + b * m.ld + row, values, count * sizeof(float));
         };
-        if (from < to) multiply_rows<kDtype>(m.w, step.args.C, from, to, m.x, step.Cp, step.args.B, write);
+        if (from < to) multiply<kDtype>(half.step, half.layer, m.matrix, m.w, half.input(m.matrix), from, to, write);
         first += m.n;
     }
 }
@@ -185,15 +184,15 @@ void multiply_columns(float* sums, const void* w, int64_t n_in, int64_t n_out, i
     add_scaled<kDtype>(sums, ld, n_in, row, factors, B, end - begin);
 }
 
-// residual += scale * w x for the rows [begin, end) of w, which are n long; scale (B, Cp), or NULL for ones.
+// residual += scale * w x for the rows [begin, end) of a matrix w; scale (B, Cp), or NULL for ones.
 template <int64_t kDtype>
-WKV_INLINE void add_rows(const RwkvStep& step, const void* w, int64_t n, const float* x, int64_t ld_x, int64_t begin,
-                         int64_t end, const float* scale = nullptr) {
+WKV_INLINE void add_rows(const RwkvStep& step, int64_t layer, int64_t matrix, const void* w, const Input& input,
+                         int64_t begin, int64_t end, const float* scale = nullptr) {
     const auto add = [&](int64_t b, int64_t row, const float* values, int64_t count) {
         const int64_t at = b * step.Cp + row;
         for (int64_t i = 0; i < count; ++i) step.residual[at + i] += scale ? scale[at + i] * values[i] : values[i];
     };
-    multiply_rows<kDtype>(w, n, begin, end, x, ld_x, step.args.B, add);
+    multiply<kDtype>(step, layer, matrix, w, input, begin, end, add);
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ template <class F>
 WKV_INLINE void with_half(const RwkvStep& step, RwkvPhase phase, int64_t layer, float* local, const F& f) {
     with_dtype(step.args.dtype, [&]<int64_t kDtype>() {
         const int64_t generation = step.args.generation;
-        if (phase >= kKey)
+        if (phase >= kKeyInner)
             f(ChannelMix<kDtype>{{step, layer, local}});
         else if (generation == 4)
             f(Rwkv4TimeMix<kDtype>{{step, layer, local}});
@@ -42,10 +42,16 @@ void rwkv_step_prepare(const RwkvStep& step, RwkvPhase phase, int64_t layer, flo
 }
 
 void rwkv_step_run(const RwkvStep& step, RwkvPhase phase, int64_t layer, int64_t begin, int64_t end, float* local) {
-    if (phase != kOutput)
-        return with_half(step, phase, layer, local, [&](auto&& half) { half.run(phase, begin, end); });
-    with_dtype(step.args.dtype, [&]<int64_t kDtype>() {
-        add_rows<kDtype>(step, step.args.layers[layer].output, step.A, step.y, step.Ap, begin, end);
+    const auto output_input = [&](int64_t) { return Input{step.y, step.Ap, step.A}; };
+    if (phase == kOutputInner) return inner_values(step, phase, layer, begin, end, output_input);
+    if (phase == kOutput)
+        return with_dtype(step.args.dtype, [&]<int64_t kDtype>() {
+            const void* w = step.args.layers[layer].output;
+            add_rows<kDtype>(step, layer, WKV_OUTPUT, w, output_input(WKV_OUTPUT), begin, end);
+        });
+    with_half(step, phase, layer, local, [&](auto&& half) {
+        if (!is_inner(phase)) return half.run(phase, begin, end);
+        inner_values(step, phase, layer, begin, end, [&](int64_t matrix) { return half.input(matrix); });
     });
 }
 

@@ -152,13 +152,45 @@ WKV_API int wkv6_backward(const wkv6_backward_args* args);
  * A = H K (RWKV-4: heads of one channel), F hidden units of the feed-forward, L layers. Matrices and vectors are of one
  * dtype and contiguous, matrices row-major (output channels, input channels) unless said otherwise; activations and
  * sums are float32. The mixes x_* count the current token in RWKV-4 and 5, the one before in later ones. */
+typedef struct wkv_low_rank wkv_low_rank;
+
 typedef struct {
     const void *attn_norm_weight, *attn_norm_bias, *ffn_norm_weight, *ffn_norm_bias; /* (C) */
     const void* output;
     const void *ffn_x_k, *ffn_x_r;                    /* (C) */
     const void *ffn_key, *ffn_receptance, *ffn_value; /* RWKV-7 has no receptance */
-    int64_t value_by_unit; /* value is (F, C): hidden units whose activation is zero are not read */
+    int64_t value_by_unit;     /* value is (F, C): hidden units whose activation is zero are not read */
+    const wkv_low_rank* terms; /* in the order of their matrices */
+    int64_t n_terms;
 } rwkv_step_layer;
+
+/* The matrices of a layer. Down and up are those of RWKV-7's own low-rank values. */
+enum {
+    WKV_RECEPTANCE,
+    WKV_KEY,
+    WKV_VALUE,
+    WKV_GATE,
+    WKV_W_DOWN,
+    WKV_A_DOWN,
+    WKV_V_DOWN,
+    WKV_G_DOWN,
+    WKV_W_UP,
+    WKV_A_UP,
+    WKV_V_UP,
+    WKV_G_UP,
+    WKV_OUTPUT,
+    WKV_FFN_KEY,
+    WKV_FFN_RECEPTANCE,
+    WKV_FFN_VALUE
+};
+
+/* What an adapter adds to the product of a matrix with x: scale * up (down x). A matrix may have several. */
+struct wkv_low_rank {
+    int64_t matrix, rank;
+    double scale;
+    const void *down, *up; /* (rank, input channels), (output channels, rank), contiguous */
+    int64_t down_dtype, up_dtype;
+};
 
 typedef struct {
     const void *x_r, *x_k, *x_v; /* (C) */

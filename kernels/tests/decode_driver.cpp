@@ -6,7 +6,20 @@ namespace {
 
 using namespace test;
 
-void run_step(const Model& m, int64_t dtype, bool value_by_unit) {
+// Terms for two of three matrices of a layer, of every dtype, and two for every second of them.
+void adapt(Weights& w, int64_t layer, bool value_by_unit) {
+    const char* names[] = {"receptance", "key",  "value", "gate", "w_down", "a_down",  "v_down",         "g_down",
+                           "w_up",       "a_up", "v_up",  "g_up", "output", "ffn_key", "ffn_receptance", "ffn_value"};
+    for (int64_t matrix = 0; matrix <= WKV_FFN_VALUE; ++matrix) {
+        const int64_t number = matrix + layer;
+        if (w.values.count(names[matrix]) == 0 || number % 3 == 1) continue;
+        const bool by_input = matrix == WKV_FFN_VALUE && value_by_unit;
+        for (int64_t i = 0; i <= number / 3 % 2; ++i)
+            w.adapt(matrix, names[matrix], 1 + 5 * number % 18, {number % 3, (number / 2 + i) % 3}, by_input);
+    }
+}
+
+void run_step(const Model& m, int64_t dtype, bool value_by_unit, bool adapted) {
     Weights outer{dtype};
     std::vector<Weights> weights(m.L, Weights{dtype});
     std::vector<rwkv_step_layer> layers;
@@ -23,6 +36,8 @@ void run_step(const Model& m, int64_t dtype, bool value_by_unit) {
         else
             time_mixes6.push_back(make_time_mix6(weights[i], m));
         states.emplace_back(m, dtype);
+        if (adapted) adapt(weights[i], i, value_by_unit);
+        layers[i].terms = weights[i].terms.data(), layers[i].n_terms = weights[i].terms.size();
     }
     rwkv_step_args args{};
     args.generation = m.generation, args.B = m.B, args.C = m.C, args.H = m.H, args.K = m.K, args.F = m.F, args.L = m.L;
@@ -103,7 +118,8 @@ int main(int argc, char** argv) {
     };
     for (int64_t dtype : {WKV_FLOAT32, WKV_BFLOAT16, WKV_FLOAT16}) {
         for (const Model& model : models)
-            for (bool value_by_unit : {false, true}) run_step(model, dtype, value_by_unit);
+            for (bool value_by_unit : {false, true})
+                for (bool adapted : {false, true}) run_step(model, dtype, value_by_unit, adapted);
         for (int64_t n_rows : {1, 2, 3, 5, 8, 9, 16, 33}) {
             run_linear(n_rows, 1, 1, dtype, 0, 1);
             run_linear(n_rows, 37, 19, dtype, 3, 1);

@@ -4,14 +4,9 @@
 // the mixes of RWKV-6.
 #pragma once
 
-#include <map>
-#include <string>
-
-#include "numbers.h"
+#include "decode_weights.h"
 
 namespace test {
-
-using Values = std::vector<double>;
 
 inline double sigmoid(double x) {
     return 1 / (1 + std::exp(-x));
@@ -20,69 +15,6 @@ inline double sigmoid(double x) {
 inline double squash(double x) {
     return std::tanh(x);
 }
-
-// Tensors by name, and their values. Matrices (1, 1, output channels, input channels), vectors (1, 1, 1, n).
-struct Weights {
-    int64_t dtype;
-    std::map<std::string, Tensor> tensors = {};
-    std::map<std::string, Exact> values = {};
-
-    void* add(const std::string& name, int64_t n_out, int64_t n_in, double scale) {
-        Tensor& x = tensors.emplace(name, Tensor({1, 1, n_out, n_in}, dtype)).first->second.fill(-scale, scale);
-        values.emplace(name, x.exact());
-        return x.data();
-    }
-    void* vector(const std::string& name, int64_t n) { return add(name, 1, n, 1); }
-    void* matrix(const std::string& name, int64_t n_out, int64_t n_in) {
-        return add(name, n_out, n_in, 2 / std::sqrt(n_in));
-    }
-    void* flipped(const std::string& name, int64_t n_in, int64_t n_out) {
-        return add(name, n_in, n_out, 2 / std::sqrt(n_in));
-    }
-
-    const Values& operator[](const std::string& name) const { return values.at(name).values; }
-    Values times(const std::string& name, const Values& x) const {
-        const Exact& w = values.at(name);
-        Values y(w.sizes[2]);
-        for (int64_t i = 0; i < w.sizes[2]; ++i)
-            for (int64_t j = 0; j < w.sizes[3]; ++j) y[i] += w(0, 0, i, j) * x[j];
-        return y;
-    }
-    // x times the rows of the matrix from `first` on.
-    Values through(const std::string& name, const Values& x, int64_t first = 0) const {
-        const Exact& w = values.at(name);
-        Values y(w.sizes[3]);
-        for (size_t i = 0; i < x.size(); ++i)
-            for (int64_t j = 0; j < w.sizes[3]; ++j) y[j] += x[i] * w(0, 0, first + i, j);
-        return y;
-    }
-    // bias + up f(down x)
-    Values low_rank(const std::string& name, const Values& x, double (*f)(double)) const {
-        Values inner = times(name + "_down", x);
-        for (double& value : inner) value = f ? f(value) : value;
-        Values y = times(name + "_up", inner);
-        if (values.count(name + "_bias"))
-            for (size_t i = 0; i < y.size(); ++i) y[i] += (*this)[name + "_bias"][i];
-        return y;
-    }
-    // The n values from x on with mean 0 and variance 1, times the weight, plus the bias, from `first` on.
-    void normalise(double* x, int64_t n, const std::string& name, double eps, int64_t first = 0) const {
-        double mean = 0, variance = 0;
-        for (int64_t i = 0; i < n; ++i) mean += x[i] / n;
-        for (int64_t i = 0; i < n; ++i) variance += std::pow(x[i] - mean, 2) / n;
-        for (int64_t i = 0; i < n; ++i) {
-            x[i] = (x[i] - mean) / std::sqrt(variance + eps) * (*this)[name + "_weight"][first + i];
-            x[i] += (*this)[name + "_bias"][first + i];
-        }
-    }
-    // The token x and the one before, of which the parameter counts the latter, or in `current` the former.
-    Values mix(const std::string& name, const Values& x, const Values& before, bool current = false) const {
-        Values y = x;
-        for (size_t i = 0; i < y.size(); ++i)
-            y[i] += (before[i] - x[i]) * (current ? 1 - (*this)[name][i] : (*this)[name][i]);
-        return y;
-    }
-};
 
 struct Model {
     int64_t generation, B, C, H, K, F, L, ranks[4];

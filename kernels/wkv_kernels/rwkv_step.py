@@ -58,7 +58,18 @@ TIME_MIX_TENSORS = {
     ),
 }
 
-# rwkv_step_args of wkv.h.
+# The matrices that adapters can add to, numbered as in wkv.h.
+_OWN_LOW_RANK = [f"attn.{kind}_lora.lora.{i}.weight" for i in (0, 2) for kind in "wavg"]
+_FIRST_MATRICES = [f"attention.{name}.weight" for name in ("receptance", "key", "value", "gate")]
+_MATRICES = {4: (*_FIRST_MATRICES, *(8 * [None]), "attention.output.weight", *_FEED_FORWARD)}
+_MATRICES[5] = _MATRICES[6] = _MATRICES[4]
+_MATRICES[7] = (
+    *("attn.r_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight", None),
+    *(*_OWN_LOW_RANK, "attn.o_proj.weight", "ffn.key.weight", None, "ffn.value.weight"),
+)
+
+# wkv_low_rank and rwkv_step_args of wkv.h.
+_LOW_RANK = struct.Struct("2qd4q")
 _ARGUMENTS = struct.Struct("15q2d9q")
 
 _step = LIBRARY.rwkv_step
@@ -91,10 +102,17 @@ class Weights:
 
     `layers` holds the tensors of each layer by name, `norms` weight and bias of the first and of the last norm. All are
     of one dtype and contiguous, but the feed-forward's value, (C, F), may have the strides (1, C): then the hidden
-    units whose activation is zero are not read.
+    units whose activation is zero are not read. `terms` holds what adapters add, for each layer by the matrix's name:
+    (down, up, scale) for scale * up (down x), of any dtype, contiguous.
     """
 
-    def __init__(self, sizes: Sizes, layers: Iterable[Mapping[str, Tensor]], norms: Sequence[Tensor]):
+    def __init__(
+        self,
+        sizes: Sizes,
+        layers: Iterable[Mapping[str, Tensor]],
+        norms: Sequence[Tensor],
+        terms: Iterable[Mapping[str, Sequence[tuple[Tensor, Tensor, float]]]],
+    ):
         self.sizes = sizes
         self.dtype = norms[0].dtype
         self.norms = [x.data_ptr() for x in norms]
@@ -103,10 +121,21 @@ class Weights:
         of_time_mix = [name and f"{path}.{name}" for name in TIME_MIX_TENSORS[sizes.generation]]
         if sizes.bonus_is_log:
             of_time_mix[of_time_mix.index(f"{path}.time_faaaa")] = f"{path}.time_first"
-        for layer in layers:
+        self.terms = [_pack_terms(_MATRICES[sizes.generation], of_layer) for of_layer in terms]
+        for layer, packed in zip(layers, self.terms, strict=True):
             self.layers.extend(map(_address, map(layer.get, names)))
             self.layers.append(not layer[names[-1]].is_contiguous())
+            self.layers.extend((packed.buffer_info()[0], len(packed) // _LOW_RANK.size))
             self.time_mixes.extend(map(_address, map(layer.get, of_time_mix)))
+
+
+def _pack_terms(matrices: Sequence[str | None], terms: Mapping[str, Sequence[tuple]]) -> array.array:
+    packed = array.array("b")
+    for name in sorted(terms, key=matrices.index):
+        for down, up, scale in terms[name]:
+            addresses, dtypes = (down.data_ptr(), up.data_ptr()), (DTYPES[down.dtype], DTYPES[up.dtype])
+            packed.frombytes(_LOW_RANK.pack(matrices.index(name), down.shape[0], scale, *addresses, *dtypes))
+    return packed
 
 
 def _address(x: Tensor | None) -> int:

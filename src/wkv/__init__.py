@@ -4,6 +4,22 @@ from .auto import register
 from .demo import demo_model_path
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "demo_model_path", "register"]
+__all__ = [
+    "StateTuningConfig",
+    "__version__",
+    "demo_model_path",
+    "export_time_state",
+    "import_time_state",
+    "register",
+]
 
 register()
+
+
+def __getattr__(name: str):
+    """State tuning, which imports peft and torch when it is first asked for."""
+    if name in ("StateTuningConfig", "export_time_state", "import_time_state"):
+        from . import peft_state
+
+        return getattr(peft_state, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

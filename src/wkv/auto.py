@@ -6,6 +6,7 @@ each part of the registration waits until the module of transformers that it con
 
 import importlib
 import logging
+import re
 import sys
 from functools import partial
 
@@ -38,8 +39,23 @@ GENERATIONS = {
         "modeling_rwkv7.RWKV7ForSequenceClassification",
     ),
 }
-# The linear layers that PEFT adapts unless it is told otherwise, where it does not know the model type.
-LORA_TARGETS = {name: ["key", "value", "receptance", "gate", "output"] for name in ("rwkv5", "rwkv6")}
+# What PEFT's methods adapt unless they are told otherwise: by the name of the method's table, for the others "ALL".
+_BLOCKS_TARGETS = {
+    "ALL": ["receptance", "key", "value", "gate", "output"],
+    "LNTUNING_TARGET": ["pre_ln", "ln1", "ln2", "ln_x", "ln_out"],
+    "IA3_TARGET": ["attention.key", "attention.value", "feed_forward.value"],
+    "IA3_FEEDFORWARD": ["feed_forward.value"],
+    "BEFT_TARGET": ["attention.value"],
+}
+ADAPTER_TARGETS = dict.fromkeys(("rwkv", "rwkv5", "rwkv6"), _BLOCKS_TARGETS) | {
+    "rwkv7": {
+        "ALL": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
+        "LNTUNING_TARGET": ["pre_norm", "attn_norm", "ffn_norm", "g_norm", "norm"],
+        "IA3_TARGET": ["k_proj", "v_proj", "ffn.value"],
+        "IA3_FEEDFORWARD": ["ffn.value"],
+        "BEFT_TARGET": ["v_proj"],
+    }
+}
 TOKENIZER = "tokenization_rwkv.RwkvTokenizer"
 # Names under which tokenizer_config.json files in the wild ask for the World tokenizer.
 TOKENIZER_ALIASES = ("RWKVWorldTokenizer", "Rwkv5Tokenizer", "Rwkv6Tokenizer", "RWKV7Tokenizer")
@@ -128,17 +144,27 @@ def _register_gguf(part: str) -> None:
 
 
 def _register_adapters() -> None:
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    from peft.utils import constants
 
-    for model_type, names in LORA_TARGETS.items():
-        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(model_type, names)
+    # A method has a table of its own, and what stands there stays: PEFT's own entries and the user's.
+    for name, table in vars(constants).items():
+        if method := re.fullmatch(r"TRANSFORMERS_MODELS_TO_(\w+)_MODULES_MAPPING", name):
+            for model_type, targets in ADAPTER_TARGETS.items():
+                table.setdefault(model_type, list(targets.get(method[1], targets["ALL"])))
+
+
+def _register_state_tuning() -> None:
+    importlib.import_module(f"{__package__}.peft_state")
 
 
 _MODELS = f"{__package__}.models"
 _GENERATION_MODULES = {f"{_MODELS}.{name.partition('.')[0]}" for names in GENERATIONS.values() for name in names}
+# What they are made of, and somebody may import first.
+_GENERATION_MODULES |= {f"{_MODELS}.rwkv_blocks", f"{_MODELS}.rwkv_models"}
 # What has not run yet, and the modules that must not be half imported when it does.
 _waiting = {
     _register_adapters: ("peft.utils.constants",),
+    _register_state_tuning: ("peft", f"{__package__}.peft_state"),
     _register_configurations: ("transformers.models.auto.configuration_auto", *_GENERATION_MODULES),
     _register_tokenizers: ("transformers.models.auto.tokenization_auto", f"{_MODELS}.tokenization_rwkv"),
     _register_models: (

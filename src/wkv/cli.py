@@ -17,6 +17,8 @@ app = typer.Typer(
 )
 tokenizer_app = typer.Typer(help="Work with the tokenizers of RWKV models.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
+state_app = typer.Typer(help="Bring tuned states from PEFT adapters to official files and back.", no_args_is_help=True)
+app.add_typer(state_app, name="state")
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a model and its tokenizer.", show_default=False)]
 Vocabulary = Annotated[
@@ -40,6 +42,8 @@ State = Annotated[
     Path | None, typer.Option(help="Begin from a file by --save-state or /save, or an official time_state file.")
 ]
 TEXT = PRESETS["text"]
+# Packages that some commands need.
+OPTIONAL = ("peft",)
 
 
 @app.command()
@@ -48,6 +52,30 @@ def info() -> None:
     from .information import print_information
 
     print_information()
+
+
+@app.command()
+def activate() -> None:
+    """Let every program of this environment, `trl` and `transformers` among them, know RWKV without `import wkv`."""
+    from .activation import activate
+
+    print(
+        f"{activate()} is written. Python reads it at every start in this environment; it waits until transformers or "
+        "peft is imported and imports wkv before, so that their auto classes know RWKV-4, 5, 6 and 7 in every program: "
+        "trl, accelerate launch ... `rwkv` then means wkv's RWKV-4 instead of transformers' own.\n"
+        "`wkv deactivate` removes the file, and should be run before wkv is uninstalled."
+    )
+
+
+@app.command()
+def deactivate() -> None:
+    """Undo `wkv activate`."""
+    from .activation import deactivate
+
+    for file in (removed := deactivate()):
+        print(f"{file} is removed")
+    if not removed:
+        print("nothing to undo: this environment is not activated")
 
 
 @app.command()
@@ -95,6 +123,31 @@ def build_tokenizer(
         raise ValueError("--20b and --vocab name two vocabularies; give one")
     tokenizer = save_tokenizer(directory, pile_tokenizer_file() if pile else vocab, chat_template)
     print(f"{directory} is written: {len(tokenizer)} ids")
+
+
+@state_app.command("export")
+def export_state(
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter that tunes states.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="What to write, .pth or .safetensors.", show_default=False)],
+) -> None:
+    """Write the official time_state file of an adapter, for --state and other programs."""
+    from .peft_state import export_time_state
+
+    export_time_state(adapter, file)
+    print(f"{file} is written")
+
+
+@state_app.command("import")
+def import_state(
+    file: Annotated[Path, typer.Argument(help="An official time_state file.", show_default=False)],
+    adapter: Annotated[Path, typer.Argument(help="Folder to write the adapter to.", show_default=False)],
+    model: Annotated[Path, typer.Option(help="Folder of the model that the state was tuned for.")],
+) -> None:
+    """Write an adapter with the state of an official file, to use or to tune further with PEFT."""
+    from .commands import make_adapter
+
+    make_adapter(file, adapter, model)
+    print(f"{adapter} is written")
 
 
 @app.command()
@@ -188,6 +241,10 @@ def main() -> int:
         return 130
     except (OSError, ValueError) as error:
         return _refuse(str(error))
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        return _refuse(f"this needs {error.name}: pip install 'wkv[train]'")
 
 
 def _refuse(message: str) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
 from .chat import Chat, TextStream, encode_prompt
 from .demo import demo_model_path
@@ -36,7 +36,8 @@ def load(folder: Path, dtype: str, threads: int | None):
     """The model and the tokenizer of a folder; ValueError or OSError says what is wrong with it."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; a folder that `wkv convert` or save_pretrained wrote is needed")
-    if not (folder / "config.json").is_file():
+    # The second is that of a PEFT adapter, which names its base model.
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(
             f"{folder}: has no config.json; a folder that `wkv convert` or save_pretrained wrote is needed"
         )
@@ -147,6 +148,15 @@ def converse(
         # A wrong file name must not end a conversation.
         except (OSError, ValueError) as error:
             print(f"wkv: {error}", file=sys.stderr)
+
+
+def make_adapter(file: Path, adapter: Path, folder: Path) -> None:
+    """Write the adapter that begins texts with the state of an official file; the model's weights are not read."""
+    from .peft_state import import_time_state
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    import_time_state(file, model).save_pretrained(adapter)
 
 
 def answer(speak: Callable[..., TextStream], opening: str, max_new_tokens: int) -> None:

@@ -7,8 +7,9 @@ from importlib import metadata
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
+from .activation import active
 from .demo import demo_model_path
 
 try:
@@ -33,7 +34,7 @@ def peak_memory() -> float:
 
 def print_information() -> None:
     """Print the table of `wkv info`."""
-    table = Table(show_header=False, box=None)
+    table = Table("", Column(overflow="fold"), show_header=False, box=None)
     for name in ("wkv", "torch", "transformers", "tokenizers", "safetensors"):
         table.add_row(name, metadata.version(name))
     table.add_row("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
@@ -43,6 +44,8 @@ def print_information() -> None:
     for op in OPS:
         backends = ", ".join(f"{device}: {backend}" for device, backend in compiled.get(op, {}).items())
         table.add_row(f"op {op}", "; ".join(filter(None, [backends, "otherwise plain PyTorch"])))
+    activation = ", ".join(map(str, active()))
+    table.add_row("activated", activation or "no")
     folder = demo_model_path()
     table.add_row("demo model", str(folder) if folder.is_dir() else "not part of this build")
     Console(soft_wrap=True).print(table)

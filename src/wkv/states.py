@@ -12,20 +12,24 @@ import copy
 import hashlib
 import json
 import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from .models.rwkv_cache import RwkvCacheLayer, write_state
-from .tensor_files import LazyTensor, open_checkpoint, write_safetensors
+from .tensor_files import LazyTensor, open_checkpoint, write_pth, write_safetensors
 
 FORMAT, VERSION = "wkv state", "1"
 # What must be equal for a state to fit a model, beside the type and the shape of the WKV state.
 SIZES = ("num_hidden_layers", "hidden_size", "attention_hidden_size", "intermediate_size")
+# How an official file of tuned states is written, by the end of its name.
+TIME_STATE_WRITERS = {".pth": write_pth, ".safetensors": write_safetensors}
 # What the axes of the WKV state mean, by their number.
 ORIENTATIONS = {3: "[H, K, V]", 2: "[A, (numerator, denominator, exponent)]"}
 
@@ -92,7 +96,7 @@ def save_state(cache: Cache, path: str | Path, model: PreTrainedModel) -> None:
         "dtype": str(tensors[_names(0)[0]].dtype).removeprefix("torch."),
     }
     header["sha256"] = _checksum(header, tensors)
-    _write(path, tensors, header)
+    _write(path, tensors, partial(write_safetensors, metadata=header))
 
 
 def load_state(path: str | Path, model: PreTrainedModel) -> Cache:
@@ -103,14 +107,38 @@ def load_state(path: str | Path, model: PreTrainedModel) -> Cache:
     """
     path = Path(path)
     tensors, header = _read(path)
-    tuned = any(name.endswith(".att.time_state") for name in tensors)
-    states, tokens = _tuned_states(path, tensors, model) if tuned else _own_states(path, tensors, header, model)
+    if any(name.endswith(".att.time_state") for name in tensors):
+        shift = torch.zeros(1, model.config.hidden_size)
+        states, tokens = [(shift, shift, S[None]) for S in _time_states(path, tensors, model.config)], 0
+    else:
+        states, tokens = _own_states(path, tensors, header, model)
     cache = DynamicCache(config=model.config)
     for index, (att_shift, ffn_shift, S) in enumerate(states):
         write_state(cache, index, 0, att_shift.to(model.device, model.dtype), S.to(model.device, torch.float32))
         write_state(cache, index, 1, ffn_shift.to(model.device, model.dtype))
         cache.layers[index].advance(tokens)
     return cache
+
+
+def load_time_state(path: str | Path, config: PreTrainedConfig) -> list[torch.Tensor]:
+    """The tuned state of every layer, (H, K, V), in an official file; ValueErrors as by `load_state`."""
+    path = Path(path)
+    return _time_states(path, _read(path)[0], config)
+
+
+def save_time_state(states: Sequence[torch.Tensor], path: str | Path) -> None:
+    """Write tuned states (H, K, V), one a layer, to an official file, which ends in .pth or .safetensors."""
+    path = Path(path)
+    if path.suffix not in TIME_STATE_WRITERS:
+        raise ValueError(f"{path}: the name of an official file of states ends in {' or '.join(TIME_STATE_WRITERS)}")
+    if any(S.ndim != 3 for S in states):
+        raise ValueError(f"{path}: RWKV-4 has no official file of states; keep the adapter's folder")
+    tensors = {_time_state(layer): S.detach().cpu().mT.contiguous() for layer, S in enumerate(states)}
+    _write(path, tensors, TIME_STATE_WRITERS[path.suffix])
+
+
+def _time_state(layer: int) -> str:
+    return f"blocks.{layer}.att.time_state"
 
 
 def _names(layer: int) -> tuple[str, str, str]:
@@ -141,15 +169,14 @@ def _own_states(path: Path, tensors: dict, header: dict, model: PreTrainedModel)
     return [tuple(tensors[name] for name in _names(layer)) for layer in layers], int(header["tokens"])
 
 
-def _tuned_states(path: Path, tensors: dict, model: PreTrainedModel) -> tuple[list, int]:
-    """The same of one row that has seen nothing; the official orientation (H, V, K) becomes (H, K, V)."""
-    config = model.config
+def _time_states(path: Path, tensors: dict, config: PreTrainedConfig) -> list[torch.Tensor]:
+    """The tuned states, turned from the official orientation (H, V, K) to (H, K, V)."""
     if len(config.state_shape) != 3:
         raise ValueError(
             f"{path}: holds time_state tensors, which a model of type {config.model_type} cannot begin with"
         )
     H, K, V = config.state_shape
-    names = [f"blocks.{layer}.att.time_state" for layer in range(config.num_hidden_layers)]
+    names = [_time_state(layer) for layer in range(config.num_hidden_layers)]
     for name in (*names, *tensors):
         if name not in tensors or name not in names:
             trouble = "is missing" if name not in tensors else "is not expected"
@@ -159,8 +186,7 @@ def _tuned_states(path: Path, tensors: dict, model: PreTrainedModel) -> tuple[li
             raise ValueError(
                 f"{path}: {name} is {found.dtype} {tuple(found.shape)}, the model needs floats {(H, V, K)}"
             )
-    shift = torch.zeros(1, config.hidden_size)
-    return [(shift, shift, tensors[name].mT[None]) for name in names], 0
+    return [tensors[name].mT for name in names]
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -189,13 +215,13 @@ def _checksum(header: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
+def _write(path: Path, tensors: dict[str, torch.Tensor], write: Callable) -> None:
     if path.is_dir() or not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: is a folder" if path.is_dir() else f"{path.parent}: no such folder")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
     stored = {name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}
     try:
-        write_safetensors(partial, stored, header)
-        os.replace(partial, path)
+        write(unfinished, stored)
+        os.replace(unfinished, path)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)

@@ -114,18 +114,22 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and mallopt(M_MMAP_MAX, 0) == 1 and mallopt(M_TRIM_THRESHOLD, -1) == 1
 
 
-def l2wrap_loss(outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+def l2wrap_loss(
+    outputs, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None, shift_labels: Tensor | None = None
+) -> Tensor:
     """Return the mean cross-entropy whose gradient also pulls every token's largest logit towards zero (L2Wrap).
 
     For `Trainer(compute_loss_func=...)`. `outputs.logits` (B, T, V), which a model of ours need not make for it;
-    `labels` (B, T), shifted here, -100 is not counted. The value is the cross-entropy alone; the gradient gains `1e-4 /
-    n * max_logit` at the arg-max of each of the n counted tokens, times the incoming gradient, so loss scaling and
-    accumulation scale both alike. n is `num_items_in_batch` when given (all micro-batches of one step).
+    `labels` (B, T), shifted here unless `shift_labels` are given instead, -100 is not counted. The value is the
+    cross-entropy alone; the gradient gains `1e-4 / n * max_logit` at the arg-max of each of the n counted tokens, times
+    the incoming gradient, so loss scaling and accumulation scale both alike. n is `num_items_in_batch` when given (all
+    micro-batches of one step).
     """
     if isinstance(outputs.logits, DeferredLogits) and outputs.logits.values is None:
-        return outputs.logits.loss(labels, num_items_in_batch, pull=L2WRAP_FACTOR)
+        return outputs.logits.loss(labels, num_items_in_batch, shift_labels=shift_labels, pull=L2WRAP_FACTOR)
     logits = outputs.logits.flatten(0, 1).float()  # (B * T, V)
-    targets = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten().to(logits.device)  # (B * T,)
+    targets = F.pad(labels, (0, 1), value=-100)[:, 1:] if shift_labels is None else shift_labels
+    targets = targets.flatten().to(logits.device)  # (B * T,)
     counted = targets != -100
     n = counted.sum() if num_items_in_batch is None else num_items_in_batch
     if isinstance(n, Tensor):

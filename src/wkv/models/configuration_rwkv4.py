@@ -14,6 +14,10 @@ class RwkvConfig(BlocksConfig):
     """
 
     model_type = "rwkv"
+    base_model_tp_plan = BlocksConfig.base_model_tp_plan | {
+        "blocks.*.attention.time_decay": "colwise",
+        "blocks.*.attention.time_first": "colwise",
+    }
 
     vocab_size: int = 50277
     context_length: int = 1024

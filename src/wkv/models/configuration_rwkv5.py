@@ -18,3 +18,11 @@ class Rwkv5Config(HeadedRwkvConfig):
     use_gate: bool = True
     decay_per_head: bool = False
     bonus_is_log: bool = False
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """By heads, as far as this version has the parameters."""
+        names = ["time_decay", "time_first" if self.bonus_is_log else "time_faaaa", "ln_x.weight", "ln_x.bias"]
+        if self.use_gate:
+            names.append("gate")
+        return super().base_model_tp_plan | {f"blocks.*.attention.{name}": "colwise" for name in names}

@@ -14,6 +14,15 @@ class Rwkv6Config(HeadedRwkvConfig):
     """
 
     model_type = "rwkv6"
+    base_model_tp_plan = HeadedRwkvConfig.base_model_tp_plan | {
+        "blocks.*.attention.gate": "colwise",
+        "blocks.*.attention.decay_rank": "rwkv_copied_to_heads",
+        "blocks.*.attention.time_decay": "rowwise",
+        "blocks.*.attention.time_decay_w2": "rowwise",
+        "blocks.*.attention.time_faaaa": "colwise",
+        "blocks.*.attention.ln_x.weight": "colwise",
+        "blocks.*.attention.ln_x.bias": "colwise",
+    }
     _sizes = (*HeadedRwkvConfig._sizes, "time_mix_extra_dim", "time_decay_extra_dim")
     _without_effect = (*HeadedRwkvConfig._without_effect, *FLA_WITHOUT_EFFECT)
     _fixed = FLA_FIXED | {"expand_k": 1, "expand_v": 1}

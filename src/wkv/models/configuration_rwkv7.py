@@ -22,6 +22,30 @@ class Rwkv7Config(GenericRwkvConfig):
 
     model_type = "rwkv7"
     attribute_map = {"num_attention_heads": "num_heads"}
+    base_model_fsdp_plan = {
+        "embeddings": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "norm": "keep_full_weight",
+    }
+    base_model_tp_plan = {
+        "embeddings": "embedding_rowwise",
+        "layers.*.attn": "rwkv_heads",
+        "layers.*.attn.r_proj": "colwise",
+        "layers.*.attn.k_proj": "colwise",
+        "layers.*.attn.v_proj": "colwise",
+        "layers.*.attn.o_proj": "rowwise",
+        "layers.*.attn.w_lora": "rwkv_low_rank",
+        "layers.*.attn.a_lora": "rwkv_low_rank",
+        "layers.*.attn.v_lora": "rwkv_low_rank",
+        "layers.*.attn.g_lora": "rwkv_low_rank",
+        "layers.*.attn.k_k": "colwise",
+        "layers.*.attn.k_a": "colwise",
+        "layers.*.attn.r_k": "colwise",
+        "layers.*.attn.g_norm.weight": "colwise",
+        "layers.*.attn.g_norm.bias": "colwise",
+        "layers.*.ffn.key": "colwise",
+        "layers.*.ffn.value": "rowwise",
+    }
     _sizes = ("head_dim", "decay_low_rank_dim", "a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim")
     _epsilons = ("norm_eps", "group_norm_eps")
     _without_effect = FLA_WITHOUT_EFFECT

@@ -41,7 +41,7 @@ class RwkvTimeMix(nn.Module):
     def __init__(self, config: RwkvConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.state_shape = config.state_shape
+        self.state_shape = config.local_state_shape
         self.initial_state = InitialState()
         self.position = Position(config, layer_idx)
         C, A = config.hidden_size, config.attention_hidden_size

@@ -42,7 +42,7 @@ class Rwkv5TimeMix(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.head_size = config.head_size
-        self.state_shape = config.state_shape
+        self.state_shape = config.local_state_shape
         self.initial_state = InitialState()
         self.position = Position(config, layer_idx)
         C, A, H = config.hidden_size, config.attention_hidden_size, config.num_heads

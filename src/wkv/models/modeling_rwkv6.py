@@ -40,7 +40,7 @@ class Rwkv6TimeMix(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.head_size = config.head_size
-        self.state_shape = config.state_shape
+        self.state_shape = config.local_state_shape
         self.initial_state = InitialState()
         self.position = Position(config, layer_idx)
         C, A, H = config.hidden_size, config.attention_hidden_size, config.num_heads
@@ -56,6 +56,8 @@ class Rwkv6TimeMix(nn.Module):
         self.time_decay = nn.Parameter(torch.empty(1, 1, A))
         self.time_decay_w1 = nn.Parameter(torch.empty(C, R_decay))
         self.time_decay_w2 = nn.Parameter(torch.empty(R_decay, A))
+        # A name for tensor parallelism: from here on each process has its heads only.
+        self.decay_rank = nn.Identity()
         self.time_faaaa = nn.Parameter(torch.empty(H, config.head_size))
         self.receptance = nn.Linear(C, A, bias=False)
         self.key = nn.Linear(C, A, bias=False)
@@ -72,7 +74,7 @@ class Rwkv6TimeMix(nn.Module):
             linear_of_few_rows(linear, x).unflatten(-1, (-1, self.head_size))  # (B, T, H, K)
             for linear, x in ((self.receptance, x_r), (self.key, x_k), (self.value, x_v))
         )
-        raw_w = self.time_decay.float() + (torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2).float()
+        raw_w = self.time_decay.float() + self.decay_of(x_w).float()
         log_w = log_decay(raw_w).view_as(k)
         # Padding is an identity step.
         if plan.mask is not None:
@@ -92,6 +94,10 @@ class Rwkv6TimeMix(nn.Module):
         o = self.ln_x(o.flatten(0, 1).flatten(1)).view(*x.shape[:2], -1).to(v.dtype)
         o = o * nn.functional.silu(linear_of_few_rows(self.gate, x_g))
         return linear_of_few_rows(self.output, scaled(o, scale))
+
+    def decay_of(self, x_w):
+        """What the token adds to the raw decay, (B, T, A)."""
+        return self.decay_rank(torch.tanh(x_w @ self.time_decay_w1)) @ self.time_decay_w2
 
     def mixed(self, x, carried, plan):
         """The token mixed with the one before it, in shares that depend on the token: for w, k, v, r and g (B, T, C).

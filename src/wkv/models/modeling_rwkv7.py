@@ -9,6 +9,9 @@ the projections run in the model's dtype, as its Python path does; decay, state,
 state are float32, as in its CUDA kernels. rwkv_step.py, which decodes on CPUs, keeps all activations in float32.
 """
 
+import re
+from functools import partial
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -30,14 +33,22 @@ from .rwkv_sequences import run_operator
 from .rwkv_step import FusedStep
 from .wkv7 import wkv7
 
+# Parameters of `Rwkv7LowRank`, an adapter on them or not.
+LOW_RANK_PAIR = re.compile(r"_lora\.lora\.\d\.(base_layer\.)?\w+$")
+
 
 class Rwkv7LowRank(nn.Module):
-    """x -> W2 f(W1 x) (+ bias): how decay, learning rate, value mix and gate depend on the token."""
+    """x -> W2 f(W1 x) (+ bias): how decay, learning rate, value mix and gate depend on the token.
 
-    def __init__(self, config, rank: int, activation: nn.Module, bias: bool = True):
+    `initial_bias()` is what the bias begins with, (A,); None for no bias.
+    """
+
+    def __init__(self, config, rank: int, activation: nn.Module, initial_bias=None):
         super().__init__()
         down = nn.Linear(config.hidden_size, rank, bias=False)
-        self.lora = nn.Sequential(down, activation, nn.Linear(rank, config.attention_hidden_size, bias=bias))
+        up = nn.Linear(rank, config.attention_hidden_size, bias=initial_bias is not None)
+        down.initialise, up.initialise = _init_down, partial(_init_up, initial_bias=initial_bias)
+        self.lora = nn.Sequential(down, activation, up)
 
     def forward(self, x):
         return self.lora(x)
@@ -51,7 +62,7 @@ class Rwkv7TimeMix(nn.Module):
         self.layer_idx = layer_idx
         self.num_layers = config.num_hidden_layers
         self.head_dim = config.head_dim
-        self.state_shape = config.state_shape
+        self.state_shape = config.local_state_shape
         self.initial_state = InitialState()
         C, A = config.hidden_size, config.attention_hidden_size
         self.x_r = nn.Parameter(torch.empty(1, 1, C))
@@ -67,11 +78,15 @@ class Rwkv7TimeMix(nn.Module):
         self.k_proj = nn.Linear(C, A, bias=False)
         self.v_proj = nn.Linear(C, A, bias=False)
         self.o_proj = nn.Linear(A, C, bias=False)
-        self.w_lora = Rwkv7LowRank(config, config.decay_low_rank_dim, nn.Tanh())
-        self.a_lora = Rwkv7LowRank(config, config.a_low_rank_dim, nn.Identity())
+        depth = layer_idx / max(1, config.num_hidden_layers - 1)
+        w, a, v = (
+            partial(initial, A, config.head_dim) for initial in (_initial_decay, _initial_rate, _initial_value_mix)
+        )
+        self.w_lora = Rwkv7LowRank(config, config.decay_low_rank_dim, nn.Tanh(), partial(w, depth))
+        self.a_lora = Rwkv7LowRank(config, config.a_low_rank_dim, nn.Identity(), a)
         if layer_idx > 0:
-            self.v_lora = Rwkv7LowRank(config, config.v_low_rank_dim, nn.Identity())
-        self.g_lora = Rwkv7LowRank(config, config.gate_low_rank_dim, nn.Sigmoid(), bias=False)
+            self.v_lora = Rwkv7LowRank(config, config.v_low_rank_dim, nn.Identity(), v)
+        self.g_lora = Rwkv7LowRank(config, config.gate_low_rank_dim, nn.Sigmoid())
         self.g_norm = HeadGroupNorm(config.num_heads, A, eps=config.group_norm_eps)
 
     def forward(self, x, v_first, past_key_values, plan):
@@ -164,6 +179,14 @@ class Rwkv7PreTrainedModel(RwkvPreTrainedModel):
         (r"att\w*\.g1$", (None, "gate_low_rank_dim")),
     )
 
+    @staticmethod
+    def _load_pretrained_model(model, *args, expected_keys=None, **kwargs):
+        info, rest = RwkvPreTrainedModel._load_pretrained_model(model, *args, expected_keys=expected_keys, **kwargs)
+        # For an adapter transformers expects whatever has "lora" in its name: our low-rank pairs are not the adapter's.
+        if expected_keys is not None:
+            info.missing_keys = {key for key in info.missing_keys if not LOW_RANK_PAIR.search(key)}
+        return info, rest
+
     @torch.no_grad()
     def _init_weights(self, module):
         """The official initialisation, tensor by tensor (RWKV-LM, the RWKV-7 trainer)."""
@@ -171,6 +194,9 @@ class Rwkv7PreTrainedModel(RwkvPreTrainedModel):
         init_embedding_and_head(self, module)
         if isinstance(module, Rwkv7TimeMix):
             _init_time_mix(module)
+        # By the layers themselves: ZeRO-3 gathers what a module and its children have, and nothing deeper.
+        elif hasattr(module, "initialise"):
+            module.initialise(module)
         elif isinstance(module, Rwkv7ChannelMix):
             C = module.x_k.numel()
             ratio = 1 - module.layer_idx / module.num_layers
@@ -181,29 +207,12 @@ class Rwkv7PreTrainedModel(RwkvPreTrainedModel):
 
 def _init_time_mix(m: Rwkv7TimeMix) -> None:
     C, A = m.x_r.numel(), m.k_k.numel()
-    depth = m.layer_idx / max(1, m.num_layers - 1)
     remaining = 1 - m.layer_idx / m.num_layers
     position = torch.arange(C) / C
     for x, power in ((m.x_r, 0.2), (m.x_w, 0.9), (m.x_k, 0.7), (m.x_v, 0.7), (m.x_a, 0.9), (m.x_g, 0.2)):
         init.copy_(x, (1 - position ** (power * remaining)).view(1, 1, C))
 
-    n = torch.arange(A)
-    linear = n / max(1, A - 1) - 0.5
-    zigzag = (n % m.head_dim - (m.head_dim - 1) / 2) / max(1, (m.head_dim - 1) / 2)
-    zigzag = zigzag * zigzag.abs()
-    decay = -6 + 6 * (n / max(1, A - 1)) ** (1 + depth**0.3) + 0.5 + 2.5 * zigzag
-    init.copy_(m.w_lora.lora[2].bias, decay)
-    init.copy_(m.a_lora.lora[2].bias, -0.19 + 0.3 * zigzag + 0.4 * linear)
-    low_ranks = [m.w_lora, m.a_lora, m.g_lora]
-    if m.layer_idx > 0:
-        init.copy_(m.v_lora.lora[2].bias, 0.73 - 0.4 * linear)
-        low_ranks.append(m.v_lora)
-    for low_rank in low_ranks:
-        init.zeros_(low_rank.lora[0].weight)
-        rank = low_rank.lora[2].in_features
-        init.orthogonal_(low_rank.lora[2].weight, gain=0.1 * max(1.0, rank / A) ** 0.5)
-
-    init.copy_(m.k_k, 0.71 - 0.1 * linear)
+    init.copy_(m.k_k, 0.71 - 0.1 * _along(A))
     init.constant_(m.k_a, 1.02)
     init.constant_(m.r_k, -0.04)
     init.orthogonal_(m.r_proj.weight)
@@ -211,6 +220,39 @@ def _init_time_mix(m: Rwkv7TimeMix) -> None:
     init.orthogonal_(m.v_proj.weight)
     init.zeros_(m.o_proj.weight)
     init.constant_(m.g_norm.weight, ((1 + m.layer_idx) / m.num_layers) ** 0.7)
+
+
+def _init_down(down: nn.Linear) -> None:
+    init.zeros_(down.weight)
+
+
+def _init_up(up: nn.Linear, initial_bias) -> None:
+    init.orthogonal_(up.weight, gain=0.1 * max(1.0, up.in_features / up.out_features) ** 0.5)
+    if initial_bias is not None:
+        init.copy_(up.bias, initial_bias())
+
+
+def _initial_decay(A: int, head_dim: int, depth: float) -> torch.Tensor:
+    return -5.5 + 6 * (_along(A) + 0.5) ** (1 + depth**0.3) + 2.5 * _zigzag(A, head_dim)
+
+
+def _initial_rate(A: int, head_dim: int) -> torch.Tensor:
+    return -0.19 + 0.3 * _zigzag(A, head_dim) + 0.4 * _along(A)
+
+
+def _initial_value_mix(A: int, head_dim: int) -> torch.Tensor:
+    return 0.73 - 0.4 * _along(A)
+
+
+def _along(A: int) -> torch.Tensor:
+    """-1/2 to 1/2 in A steps."""
+    return torch.arange(A) / max(1, A - 1) - 0.5
+
+
+def _zigzag(A: int, head_dim: int) -> torch.Tensor:
+    """-1 to 1 along each head, small in its middle."""
+    x = (torch.arange(A) % head_dim - (head_dim - 1) / 2) / max(1, (head_dim - 1) / 2)
+    return x * x.abs()
 
 
 class Rwkv7Model(Rwkv7PreTrainedModel, GenericRwkvModel):
@@ -247,6 +289,9 @@ class Rwkv7Model(Rwkv7PreTrainedModel, GenericRwkvModel):
 
 class RWKV7ForCausalLM(Rwkv7PreTrainedModel, GenericRwkvForCausalLM):
     """RWKV-7 with its language-model head."""
+
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: Rwkv7Config):
         super().__init__(config)

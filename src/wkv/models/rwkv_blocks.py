@@ -183,6 +183,8 @@ class BlocksModel(GenericRwkvModel):
 class BlocksForCausalLM(GenericRwkvForCausalLM):
     """A base model with its language-model head."""
 
+    _fsdp_plan = {"head": "keep_full_weight"}
+    _tp_plan = {"head": "colwise_gather_output"}
     base_class: type
 
     def __init__(self, config):

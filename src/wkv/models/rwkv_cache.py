@@ -3,9 +3,11 @@
 Glossary: B batch, T time, C channels, S the recurrent state of a layer.
 """
 
+import math
+
 import torch
 from torch import nn
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, LinearAttentionLayer
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_recurrent_attention_mask
 from transformers.utils import is_torchdynamo_compiling
 
@@ -41,17 +43,17 @@ class RwkvCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         raise NotImplementedError("an RWKV layer keeps a recurrent state, it has no keys and values to update")
 
     def update_conv_state(self, conv_states, state_idx=0, **kwargs):
-        """Replace token-shift state `state_idx` by `conv_states` (B, C, 1), in place."""
+        """Replace token-shift state `state_idx` by `conv_states` (B, C, 1), in place and without gradient."""
         _check_batch(self.conv_states[state_idx], conv_states)
         if not self.is_conv_states_initialized[state_idx]:
             self.lazy_initialization(conv_states=conv_states, state_idx=state_idx)
         self.has_previous_state[state_idx] = True
-        return self.conv_states[state_idx].copy_(conv_states)
+        return self.conv_states[state_idx].copy_(conv_states.detach())
 
     def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
-        """Replace the WKV state by `recurrent_states`, in place."""
+        """Replace the WKV state by `recurrent_states`, in place and without gradient."""
         _check_batch(self.recurrent_states[state_idx], recurrent_states)
-        return super().update_recurrent_state(recurrent_states, state_idx)
+        return super().update_recurrent_state(recurrent_states.detach(), state_idx)
 
     def get_seq_length(self):
         """Tokens seen, padding included: an int before the first forward, a tensor afterwards."""
@@ -93,6 +95,51 @@ class RwkvCacheLayer(LinearAttentionLayer, CacheLayerMixin):
                     states[index] = function(state)
 
 
+class CarriedLayer(RwkvCacheLayer):
+    """A layer whose states carry gradients: each forward puts its own in their place and leaves those it read alone."""
+
+    _layer_type = None
+
+    def update_conv_state(self, conv_states, state_idx=0, **kwargs):
+        """Replace token-shift state `state_idx` by `conv_states` (B, C, 1)."""
+        _check_batch(self.conv_states[state_idx], conv_states)
+        self.has_previous_state[state_idx] = self.is_conv_states_initialized[state_idx] = True
+        # It may be a view of all tokens, which it would keep alive.
+        self.conv_states[state_idx] = conv_states.clone()
+        self.lazy_initialization()
+        return self.conv_states[state_idx]
+
+    def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
+        """Replace the WKV state by `recurrent_states`."""
+        _check_batch(self.recurrent_states[state_idx], recurrent_states)
+        self.is_recurrent_states_initialized[state_idx] = True
+        self.recurrent_states[state_idx] = recurrent_states
+        return recurrent_states
+
+
+def carried_cache(config, states=None) -> Cache:
+    """A cache through which gradients flow, empty or with `states` (B, N) as `packed_states` returns them."""
+    cache = Cache(layers=[CarriedLayer() for _ in range(config.num_hidden_layers)])
+    if states is None:
+        return cache
+    sizes = config.hidden_size, config.hidden_size, math.prod(config.local_state_shape)
+    for layer, state in zip(cache.layers, states.split(sum(sizes), 1), strict=True):
+        *shifts, S = state.split(sizes, 1)
+        for i, last in enumerate(shifts):
+            layer.update_conv_state(last.unsqueeze(-1), i)
+        layer.update_recurrent_state(S.unflatten(1, config.local_state_shape))
+    return cache
+
+
+def packed_states(cache) -> torch.Tensor:
+    """All states of a cache in one tensor (B, N), float32: of each layer both token shifts, then the WKV state.
+
+    Of many small tensors, each made in the midst of larger ones, a long-lived one keeps the memory around it.
+    """
+    states = [x for layer in cache.layers for x in (*layer.conv_states.values(), layer.recurrent_states[0])]
+    return torch.cat([x.flatten(1).float() for x in states], 1)
+
+
 def _check_batch(held: torch.Tensor | None, new: torch.Tensor) -> None:
     if held is not None and held.shape != new.shape:
         raise ValueError(
@@ -131,12 +178,12 @@ def read_state(past_key_values, layer_idx: int, shift_idx: int):
 
 
 def write_state(past_key_values, layer_idx: int, shift_idx: int, last, S=None) -> None:
-    """Store the last token (B, C) of token shift `shift_idx` and, when given, the WKV state; no gradient is kept."""
+    """Store the last token (B, C) of token shift `shift_idx` and, when given, the WKV state."""
     if past_key_values is None:
         return
     if S is not None:
-        past_key_values.update_recurrent_state(S.detach(), layer_idx)
-    past_key_values.update_conv_state(last.detach().unsqueeze(-1), layer_idx, shift_idx)
+        past_key_values.update_recurrent_state(S, layer_idx)
+    past_key_values.update_conv_state(last.unsqueeze(-1), layer_idx, shift_idx)
 
 
 class InitialState(nn.Module):
@@ -159,7 +206,7 @@ def check_cache(config, past_key_values, batch: int) -> None:
             f"DynamicCache(config=model.config) does; got {type(past_key_values).__name__} with {len(layers)} layers"
         )
     held = layers[0].conv_states[0], layers[0].recurrent_states[0]
-    for state, shape in zip(held, ((config.hidden_size, 1), config.state_shape), strict=True):
+    for state, shape in zip(held, ((config.hidden_size, 1), config.local_state_shape), strict=True):
         if state is not None and tuple(state.shape) != (batch, *shape):
             raise ValueError(
                 f"past_key_values holds a state of shape {tuple(state.shape)}, this forward needs {(batch, *shape)}: "

@@ -42,6 +42,11 @@ class GenericRwkvConfig(PreTrainedConfig):
     """
 
     keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_fsdp_plan = {
+        "embeddings": "free_full_weight",
+        "blocks.*": "free_full_weight",
+        "ln_out": "keep_full_weight",
+    }
     # Sizes and epsilons that a generation adds.
     _sizes = ()
     _epsilons = ()
@@ -99,6 +104,18 @@ class GenericRwkvConfig(PreTrainedConfig):
         """The cache layer of every block, by transformers' naming."""
         return ["rwkv"] * self.num_hidden_layers
 
+    @property
+    def local_state_shape(self) -> tuple[int, ...]:
+        """`state_shape` of the heads, in RWKV-4 channels, that this process has: under tensor parallelism a part.
+
+        Raises `ValueError` where they cannot be shared out evenly.
+        """
+        size = getattr(getattr(self, "distributed_config", None), "tp_size", 1)
+        heads, *rest = self.state_shape
+        if heads % size:
+            raise ValueError(f"tp_size={size} does not divide the {heads} heads (RWKV-4: channels) of the time-mix")
+        return heads // size, *rest
+
     def validate_layer_type(self) -> None:
         """`rwkv` is our own layer type, registered in rwkv_cache; transformers' list does not know it."""
 
@@ -112,6 +129,17 @@ class BlocksConfig(GenericRwkvConfig):
     """
 
     attribute_map = {"max_position_embeddings": "context_length"}
+    base_model_tp_plan = {
+        "embeddings": "embedding_rowwise",
+        "blocks.*.attention": "rwkv_heads",
+        "blocks.*.attention.key": "colwise",
+        "blocks.*.attention.value": "colwise",
+        "blocks.*.attention.receptance": "colwise",
+        "blocks.*.attention.output": "rowwise",
+        "blocks.*.feed_forward.key": "colwise",
+        "blocks.*.feed_forward.value": "rowwise",
+        "blocks.*.feed_forward.receptance": "colwise_gather_output",
+    }
     _epsilons = ("layer_norm_epsilon",)
 
     context_length: int = 4096

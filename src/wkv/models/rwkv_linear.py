@@ -4,9 +4,11 @@ Glossary: C channels.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .rwkv_common import is_plain_linear
+from .rwkv_low_rank import is_lora, low_rank_terms
 
 # Where it is missing, wkv_operators.py says so.
 try:
@@ -20,14 +22,18 @@ MAX_ROWS = {torch.float32: 16, torch.bfloat16: 9, torch.float16: 16}
 
 
 def linear_of_few_rows(linear: nn.Module, x):
-    """`linear(x)`, with each weight read once where x (..., C) has few rows and nothing but the product is wanted."""
+    """`linear(x)`, with each weight read once where x (..., C) has few rows and the product is wanted, or LoRA's."""
     if not is_plain_inference(x) or x.numel() > MAX_ROWS[x.dtype] * x.shape[-1]:
         return linear(x)
-    if not is_plain_linear(linear) or linear.weight.dtype != x.dtype:
+    base, terms = (linear.base_layer, low_rank_terms(linear)) if is_lora(linear) else (linear, [])
+    if terms is None or not is_plain_linear(base) or base.weight.dtype != x.dtype:
         return linear(x)
-    if not linear.weight.is_cpu or not linear.weight.is_contiguous():
+    if not base.weight.is_cpu or not base.weight.is_contiguous():
         return linear(x)
-    return few_rows_linear(x.reshape(-1, x.shape[-1]), linear.weight).view(*x.shape[:-1], -1)
+    y = few_rows_linear(x.reshape(-1, x.shape[-1]), base.weight).view(*x.shape[:-1], -1)
+    for down, up, scale in terms:
+        y = y + F.linear(F.linear(x.to(down.dtype), down), up) * scale
+    return y.to(x.dtype)
 
 
 def is_plain_inference(x) -> bool:

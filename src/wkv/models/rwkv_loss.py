@@ -10,6 +10,9 @@ made in the forward pass, while the logits are there, and wait for the backward 
 gets them: `DeferredLogits` are computed then.
 """
 
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -28,6 +31,7 @@ CHUNK_BYTES = 2**26
 # Rows of W whose gradient is made at a time, where it then adds to float32 sums: it stays in the caches meanwhile.
 BLOCK_ROWS = 4096
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+_without_logits = ContextVar("without_logits", default=False)
 
 
 def may_defer(model, hidden) -> bool:
@@ -35,7 +39,7 @@ def may_defer(model, hidden) -> bool:
     head, autocast = model.get_output_embeddings(), autocast_dtype(hidden)
     return (
         model.training
-        and torch.is_grad_enabled()
+        and (_wants_gradients(hidden, head) or _without_logits.get())
         and not is_torchdynamo_compiling()
         and not torch._C._are_functorch_transforms_active()
         and type(hidden) is torch.Tensor
@@ -45,8 +49,11 @@ def may_defer(model, hidden) -> bool:
         and head.weight.device == hidden.device
         and {hidden.dtype, head.weight.dtype} <= DTYPES
         and (hidden.dtype == head.weight.dtype or autocast is not None)
-        and (hidden.requires_grad or head.weight.requires_grad)
     )
+
+
+def _wants_gradients(hidden, head) -> bool:
+    return torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad)
 
 
 def plain_cross_entropy(logits, targets, pull=0.0):
@@ -60,6 +67,16 @@ def plain_cross_entropy(logits, targets, pull=0.0):
         gradient.scatter_add_(1, index, pull * largest)
     logits.copy_(gradient)
     return losses.squeeze(1)
+
+
+@contextmanager
+def without_logits():
+    """Within it no logits are made for a loss in training, even where no gradients are wanted."""
+    token = _without_logits.set(True)
+    try:
+        yield
+    finally:
+        _without_logits.reset(token)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -180,7 +197,9 @@ class DeferredLogits(torch.Tensor):
         if len(counted) < len(targets):
             hidden, targets = hidden[counted], targets[counted]
         n = len(targets) if num_items_in_batch is None else num_items_in_batch
-        return _HeadLoss.apply(hidden, self.weight, targets, n, pull, self.product_dtype)
+        # An operation's own forward cannot tell that no gradient is wanted.
+        weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
+        return _HeadLoss.apply(hidden, weight, targets, n, pull, self.product_dtype)
 
     def compute(self):
         """The values, without history."""

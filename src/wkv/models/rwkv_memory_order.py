@@ -62,8 +62,13 @@ def by_hidden_unit(values: list[nn.Linear]) -> None:
 
 
 def _by_hidden_unit(value: nn.Linear) -> torch.Tensor | None:
-    """The old tensor; None where it stays: a gradient fixes the order, and shared memory is not ours to move."""
+    """The old tensor; None where it stays: a gradient fixes the order, and shared memory is not ours to move.
+
+    Nor is that of one of several processes: under FSDP it looks like any other, but is freed and filled again.
+    """
     weight = value.weight
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return None
     if not weight.is_contiguous() or weight.grad is not None or weight.is_shared() or weight.is_inference():
         return None
     old = weight.data

@@ -26,7 +26,10 @@ from .rwkv_common import RwkvPreTrainedModel, no_cache_in_training
 from .rwkv_configuration import correct_world_tokens
 from .rwkv_linear import linear_of_few_rows
 from .rwkv_loss import deferred_logits, may_defer
+from .rwkv_parallel import register_styles
 from .rwkv_sequences import check_inputs, plan_sequences, run_slices, runs_in_slices
+
+register_styles()
 
 
 def init_embedding_and_head(model, module) -> None:
@@ -102,6 +105,9 @@ class GenericRwkvModel(RwkvPreTrainedModel):
 
 class GenericRwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
     """A base model with its language-model head."""
+
+    # One mask for all layers, not one by their type: PEFT puts its prompts before a tensor or None.
+    create_masks_for_generate = staticmethod(recurrent_mask)
 
     def adjust_generation_fn(self, *args, **kwargs):
         """Part of `from_pretrained`: the folder's own generation settings may name the wrong special tokens too."""

@@ -42,7 +42,7 @@ def plan_sequences(tokens, mask, position_ids=None, continues=False, cu_seq_lens
     holds earlier tokens; then `position_ids` do not mark packing. Raises `ValueError` when a shape does not fit.
     """
     B, T = tokens.shape[:2]
-    starts = _document_starts(tokens, mask, position_ids, continues, cu_seq_lens_q, seq_idx)
+    starts = document_starts(tokens, mask, position_ids, continues, cu_seq_lens_q, seq_idx)
     if mask is None and starts is None:
         return SequencePlan()
     valid = torch.ones(B, T, dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
@@ -69,7 +69,7 @@ def plan_sequences(tokens, mask, position_ids=None, continues=False, cu_seq_lens
     return plan._replace(cu_seqlens=bounds, first=final - per_row + 1, final=final)
 
 
-def _document_starts(tokens, mask, position_ids, continues, cu_seq_lens_q, seq_idx):
+def document_starts(tokens, mask, position_ids, continues, cu_seq_lens_q, seq_idx):
     """Where documents begin inside the rows, (B, T) bool; None if nowhere. A row's first token never begins one."""
     B, T = tokens.shape[:2]
     if cu_seq_lens_q is not None:

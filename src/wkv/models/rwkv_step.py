@@ -5,8 +5,8 @@ state.
 
 Reading the weights from memory is what a token costs, so the step reads each once, in its own dtype, for up to 16 rows
 of the batch. It is taken only where it computes what the modules would: inference without gradients, plain modules,
-no hooks, no adapters. Activations and sums are float32 whatever the model's dtype, which in half precision is closer to
-the exact result than the modules are.
+no hooks, no adapters but LoRA. Activations and sums are float32 whatever the model's dtype, which in half precision is
+closer to the exact result than the modules are.
 
 A generation is one row of GENERATIONS; where its tensors are is told by the compiled kernels' wrapper.
 """
@@ -20,10 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .rwkv_cache import RwkvCacheLayer
+from .rwkv_cache import InitialState, RwkvCacheLayer
 from .rwkv_fused import HeadGroupNorm
 from .rwkv_linear import is_plain_inference
+from .rwkv_low_rank import LoraStates, is_changed
 from .rwkv_memory_order import by_hidden_unit
+from .rwkv_step_parts import Parts
 
 # Where it is missing, wkv_operators.py says so.
 try:
@@ -85,7 +87,8 @@ class FusedStep:
 
     def __init__(self, make_block: Callable, *classes: type):
         self.make_block = make_block
-        known = (*classes, HeadGroupNorm, nn.Linear, nn.LayerNorm, nn.Sequential, nn.Tanh, nn.Identity, nn.Sigmoid)
+        activations = nn.Tanh, nn.Identity, nn.Sigmoid
+        known = *classes, HeadGroupNorm, InitialState, nn.Linear, nn.LayerNorm, nn.Sequential, *activations
         self.forwards = [(cls, cls.forward) for cls in known]
         self.plans = weakref.WeakKeyDictionary()
         self.expected = weakref.WeakKeyDictionary()
@@ -121,46 +124,33 @@ class FusedStep:
         if generation is None or type(blocks) is not nn.ModuleList or len(blocks) != config.num_hidden_layers:
             return None
         sizes, norm = generation.sizes(config), getattr(model, generation.norm)
-        modules = [*chain.from_iterable(block.modules() for block in blocks), norm, blocks]
-        if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in modules):
+        parts = []
+        for block, expected in zip(blocks, self.expected_blocks(model, sizes), strict=True):
+            parts.append(Parts(block))
+            if parts[-1].layout() != expected or parts[-1].terms is None:
+                return None
+        modules = [*chain.from_iterable(part.all_modules() for part in parts), norm, blocks]
+        if any(map(is_changed, modules)) or not _have_eps(_norms(modules), sizes):
             return None
-        expected = self.expected_blocks(model, sizes)
-        if any(_parts(block) != expected[min(i, 1)] for i, block in enumerate(blocks)):
+        first_norm = compiled.LAYER_TENSORS[sizes.generation][0].removesuffix(".weight")
+        if Parts(norm).layout() != Parts(parts[0].modules[first_norm]).layout():
             return None
-        first_norm = blocks[0].get_submodule(compiled.LAYER_TENSORS[sizes.generation][0].removesuffix(".weight"))
-        if _parts(norm) != _parts(first_norm):
-            return None
-        dtype = norm.weight.dtype
-        transposable = {id(value.weight) for value in _values(blocks, sizes)}
-        for p in chain.from_iterable(m._parameters.values() for m in modules):
-            if p is None:
-                continue
+        dtype, value = norm.weight.dtype, compiled.LAYER_TENSORS[sizes.generation][-1]
+        for name, p in chain(norm.named_parameters(), *(part.parameters.items() for part in parts)):
             if type(p) is not nn.Parameter or not p.is_cpu or p.dtype != dtype:
                 return None
-            if not (p.is_contiguous() or (id(p) in transposable and p.mT.is_contiguous())):
+            if not (p.is_contiguous() or (name == value and p.mT.is_contiguous())):
                 return None
-        return _Plan(model, generation, modules, sizes) if _have_eps(_norms(modules), sizes) else None
+        return _Plan(model, generation, parts, modules, sizes)
 
-    def expected_blocks(self, model, sizes):
-        """The parts of blocks 0 and 1 as the configuration has them."""
+    def expected_blocks(self, model, sizes) -> list:
+        """The layout of every block as the configuration has it; all but the first are alike."""
         known = self.expected.get(model)
         if known is None or known[0] != sizes:
             with torch.device("meta"):
-                blocks = [self.make_block(model.config, i) for i in range(min(2, sizes.L))]
-            known = self.expected[model] = sizes, [_parts(block) for block in blocks]
+                first, *others = (Parts(self.make_block(model.config, i)).layout() for i in range(min(2, sizes.L)))
+            known = self.expected[model] = sizes, [first, *others * (sizes.L - 1)]
         return known[1]
-
-
-def _parts(module: nn.Module) -> tuple[dict[str, type], dict[str, torch.Size]]:
-    """Name and class of every module, name and shape of every parameter."""
-    modules, parameters = module.named_modules(), module.named_parameters()
-    return {name: type(m) for name, m in modules}, {name: p.shape for name, p in parameters}
-
-
-def _values(blocks, sizes) -> list[nn.Module]:
-    """The channel-mix's last matrices."""
-    name = compiled.LAYER_TENSORS[sizes.generation][-1].removesuffix(".weight")
-    return [block.get_submodule(name) for block in blocks]
 
 
 def _norms(modules) -> list[nn.Module]:
@@ -175,14 +165,17 @@ def _have_eps(norms, sizes) -> bool:
 class _Plan:
     """A model that the step can run, and how to see quickly that it is still the same."""
 
-    def __init__(self, model, generation: Generation, modules, sizes):
+    def __init__(self, model, generation: Generation, parts: list[Parts], modules, sizes):
         blocks, self.norm = model.get_blocks(), generation.norm
         last = getattr(model, self.norm)
         self.sizes, self.state_shape, self.dtype = sizes, model.config.state_shape, last.weight.dtype
-        self.values = _values(blocks, sizes)
+        self.time_mixes = [part.modules[compiled.TIME_MIX[sizes.generation]] for part in parts]
+        value = compiled.LAYER_TENSORS[sizes.generation][-1].removesuffix(".weight")
+        self.values = [part.modules[value] for part in parts]
         by_hidden_unit(self.values)
         self.waiting = any(value.weight.grad is not None for value in self.values)
 
+        self.loras = LoraStates([lora for part in parts for lora in part.loras.values()])
         self.norms = _norms(modules)
         self.modules, self.types = modules, list(map(type, modules))
         self.attributes = [m.__dict__ for m in modules]
@@ -195,10 +188,10 @@ class _Plan:
         self.matrices = [p for p in self.parameters if p.ndim > 1 and p.shape[0] > 1]
         self.seen = self._look()
 
-        tensors = [dict(block.named_parameters()) for block in blocks]
+        tensors = [part.parameters for part in parts]
         pre_norm = getattr(blocks[0], generation.pre_norm)
         norms = [pre_norm.weight, pre_norm.bias, last.weight, last.bias]
-        self.weights = compiled.Weights(sizes, tensors, norms)
+        self.weights = compiled.Weights(sizes, tensors, norms, [part.terms for part in parts])
 
     def _look(self):
         """Address and dtype of every parameter, and the order of every matrix."""
@@ -215,7 +208,7 @@ class _Plan:
             return False
         try:
             # Identical values count as equal unseen; whether two other tensors are equal has no truth value.
-            same = self.copies == [*self.children, *self.held]
+            same = self.copies == [*self.children, *self.held] and self.loras.hold()
         except (RuntimeError, TypeError):
             return False
         if not same or list(map(type, self.modules)) != self.types or not _have_eps(self.norms, self.sizes):
@@ -223,6 +216,11 @@ class _Plan:
         if list(map(len, self.attributes)) != self.n_attributes or self._look() != self.seen:
             return False
         return not (self.waiting and all(value.weight.grad is None for value in self.values))
+
+    def begins_with_zeros(self) -> bool:
+        """Nothing stands in for the state that every text begins with."""
+        first = [m._modules.get("initial_state") for m in self.time_mixes]
+        return all(type(m) is InitialState and not is_changed(m) for m in first)
 
 
 def _take_states(past_key_values, B: int, plan: _Plan, dtype) -> list[torch.Tensor] | None:
@@ -244,6 +242,8 @@ def _take_states(past_key_values, B: int, plan: _Plan, dtype) -> list[torch.Tens
                 return None
         if any(state is None for state in held) or not (layer.has_previous_state[0] and layer.has_previous_state[1]):
             fresh.append(layer)
+    if fresh and not plan.begins_with_zeros():
+        return None
     for layer in fresh:
         # The WKV state goes by the first shift's flag, which must be read before it is set.
         if layer.recurrent_states[0] is None or not layer.has_previous_state[0]:
