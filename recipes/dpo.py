@@ -8,15 +8,15 @@
 `--data` takes files with the columns `prompt`, `chosen` and `rejected`, as texts or lists of messages; every argument
 of `trl.DPOConfig` works too, in a YAML file (`--config`) as well. The default pairs are questions with their answer and
 the question said back, which a small model finds likelier. The model is compared with itself before training: loaded
-once more from `--model_name_or_path`, or with `--use_peft` the model without its adapter. Run the same command again
-after an interrupt or a crash.
+once more from `--model_name_or_path`, or with `--use_peft` the model without its adapter. For epochs give
+`--max_steps -1` too. Run the same command again after an interrupt or a crash.
 """
 
 from dataclasses import dataclass
 
 import torch
-from common import CALLBACKS, load_data, load_model, parse, run, train
 from preferences import PreferenceArguments, preference_scores
+from recipe import CALLBACKS, load_data, load_model, parse, run, train
 from trl import DPOConfig, DPOTrainer
 
 from wkv.training import keep_freed_memory
@@ -41,6 +41,7 @@ def main() -> None:
         model,
         args=args,
         train_dataset=training,
+        eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=args.adapter(task_type="CAUSAL_LM"),
         callbacks=CALLBACKS,

@@ -9,8 +9,8 @@
 by default sums and differences of two digits, where a number that is near earns a part as well. With `--reward_model`
 (see reward.py) the prompts are those of `--data` and the model's number is the reward. Every argument of
 `trl.GRPOConfig` works too, in a YAML file (`--config`) as well; with `--beta` the model is held near itself before
-training, and with `--use_peft` that is the model without its adapter. A prompt is read once for all its answers. Run
-the same command again after an interrupt or a crash.
+training, and with `--use_peft` that is the model without its adapter. A prompt is read once for all its answers. For
+epochs give `--max_steps -1` too. Run the same command again after an interrupt or a crash.
 """
 
 import json
@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 
 import reasoning_gym
 import torch
-from common import CALLBACKS, load_data, load_model, parse, run, train
 from data import split
 from datasets import Dataset
 from preferences import PreferenceArguments
+from recipe import CALLBACKS, load_data, load_model, parse, run, train
 from rows import DataError
 from trl import GRPOConfig
 

@@ -9,15 +9,15 @@
 files of pairs (`prompt`, `chosen`, `rejected`) are taken apart. Every argument of `trl.KTOConfig` works too, in a YAML
 file (`--config`) as well. The model is compared with itself before training: loaded once more from
 `--model_name_or_path`, or with `--use_peft` the model without its adapter. The trainer reads the rows in their order
-and compares every answer with the prompt next to it, so they are shuffled here. Run the same command again after an
-interrupt or a crash.
+and compares every answer with the prompt next to it, so they are shuffled here. For epochs give `--max_steps -1` too.
+Run the same command again after an interrupt or a crash.
 """
 
 from dataclasses import dataclass
 
 import torch
-from common import CALLBACKS, load_data, load_model, parse, run, train
 from preferences import PreferenceArguments, preference_scores
+from recipe import CALLBACKS, load_data, load_model, parse, run, train
 from trl import KTOConfig, KTOTrainer, unpair_preference_dataset
 
 from wkv.training import keep_freed_memory
@@ -40,13 +40,14 @@ def main() -> None:
     model, tokenizer = load_model(args, torch.float32)
     training, held_out = load_data(args, ("label", "preference"), tokenizer)
     paired = "chosen" in training.column_names
-    if paired:
-        training = unpair_preference_dataset(training)
+    training, unpaired = (
+        (unpair_preference_dataset(part) if paired else part).shuffle(args.seed) for part in (training, held_out)
+    )
     trainer = KTOTrainer(
         model,
         args=args,
-        train_dataset=training.shuffle(args.seed),
-        eval_dataset=None if paired else held_out.shuffle(args.seed),
+        train_dataset=training,
+        eval_dataset=unpaired,
         processing_class=tokenizer,
         peft_config=args.adapter(task_type="CAUSAL_LM"),
         callbacks=CALLBACKS,

@@ -7,8 +7,10 @@
 `--data` is a folder of .txt files, by default the State of the Union addresses (up to 40,000 tokens each); the last
 `--held_out` are for scoring. A step takes the next `--row_length` tokens of one text, in segments. Gradients flow
 through all of a row, or through `--gradient_segments` segments, and the state, without gradient, from row to row to
-the end of the text. Every argument of `transformers.TrainingArguments` works too. Run the same command again after an
-interrupt or crash. The scores are bits per token of the held-out texts, near the start of a text and far from it.
+the end of the text. Several processes need `--gradient_segments 1`. The arguments of `transformers.TrainingArguments`
+work too, but for those of the optimizer and its schedule, which are the official ones, and epochs: `--max_steps` alone
+says how long. Run the same command again after an interrupt or crash. The scores are bits per token of the held-out
+texts, near the start of a text and far from it.
 """
 
 import math
@@ -16,15 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from common import CALLBACKS, parse, run, train
 from corpus import HELD_OUT, SEPARATOR, split
+from recipe import CALLBACKS, parse, run, train
 from rows import DataError
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import wkv
 from wkv.long_context import ConsecutiveRows, LongContextMixin
-from wkv.training import l2wrap_loss, optimizers
+from wkv.training import keep_freed_memory, l2wrap_loss, optimizers
 
 # Where the scores tell apart what a model trained on short rows has seen and what it has not.
 NEAR, FAR = 512, 4096
@@ -92,10 +94,18 @@ def bits_of(model, ids: list[int], segment: int = 1024) -> torch.Tensor:
 
 def main() -> None:
     args = parse(Arguments, __doc__)
+    keep_freed_memory()
+    if args.max_steps <= 0:
+        raise DataError(f"--max_steps {args.max_steps}: epochs are not counted here, give a number of steps")
+    if args.world_size > 1 and args.gradient_segments != 1 and args.row_length > args.segment_length:
+        raise DataError("several processes need --gradient_segments 1")
     try:
         training, held_out = split(Path(args.data) if args.data else None, args.held_out)
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+        optimizer = optimizers(
+            model, args.learning_rate, args.max_steps, args.weight_decay, args.get_warmup_steps(args.max_steps)
+        )
     except (OSError, ValueError) as error:
         raise DataError(str(error)) from error
     training, held_out = (
@@ -112,9 +122,7 @@ def main() -> None:
         train_dataset=ConsecutiveRows([training[i] for i in order], args.row_length, lanes),
         eval_dataset=held_out,
         processing_class=tokenizer,
-        optimizers=optimizers(
-            model, args.learning_rate, args.max_steps, args.weight_decay, warmup_steps=int(args.warmup_steps)
-        ),
+        optimizers=optimizer,
         compute_loss_func=l2wrap_loss,
         callbacks=CALLBACKS,
     )

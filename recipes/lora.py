@@ -11,8 +11,8 @@
 
 from dataclasses import dataclass, field
 
-from common import CALLBACKS, RecipeArguments, load_data, load_model, parse, run, train
 from peft import LoraConfig
+from recipe import CALLBACKS, RecipeArguments, load_data, load_model, parse, run, train
 from trl import SFTConfig, SFTTrainer
 
 from wkv.training import keep_freed_memory

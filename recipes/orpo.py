@@ -7,16 +7,16 @@
 
 `--data` takes files with the columns `prompt`, `chosen` and `rejected`, as texts or lists of messages; every argument
 of `trl.experimental.orpo.ORPOConfig` works too, in a YAML file (`--config`) as well. It is one stage from a base model:
-the loss is the cross-entropy of the chosen answer plus `beta` times that of the odds, and no second model is held. Run
-the same command again after an interrupt or a crash.
+the loss is the cross-entropy of the chosen answer plus `beta` times that of the odds, and no second model is held. For
+epochs give `--max_steps -1` too. Run the same command again after an interrupt or a crash.
 """
 
 import os
 from dataclasses import dataclass
 
 import torch
-from common import CALLBACKS, load_data, load_model, parse, run, train
 from preferences import PreferenceArguments, preference_scores
+from recipe import CALLBACKS, load_data, load_model, parse, run, train
 
 from wkv.training import keep_freed_memory
 
@@ -44,6 +44,7 @@ def main() -> None:
         model,
         args=args,
         train_dataset=training,
+        eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=args.adapter(task_type="CAUSAL_LM"),
         callbacks=CALLBACKS,

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 
 import torch
-from common import RecipeArguments
 from datasets import Dataset
 from peft import LoraConfig
+from recipe import RecipeArguments
 
 
 @dataclass

@@ -9,8 +9,8 @@
 `--data` takes files with the columns `prompt`, `chosen` and `rejected`, as texts or lists of messages; every argument
 of `trl.RewardConfig` works too, in a YAML file (`--config`) as well. A language model is taken without its head; the
 number is read from its last token. `OUTPUT_DIR/final` loads with `AutoModelForSequenceClassification`; trained with
-`--use_peft` it is an adapter, and `OUTPUT_DIR/merged` the whole model. Run the same command again after an interrupt or
-a crash.
+`--use_peft` it is an adapter, and `OUTPUT_DIR/merged` the whole model. For epochs give `--max_steps -1` too. Run the
+same command again after an interrupt or a crash.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 from checkpoints import new_folder
-from common import CALLBACKS, load_data, load_model, parse, run, train
+from peft import PeftModel
 from preferences import PreferenceArguments
+from recipe import CALLBACKS, load_data, load_model, parse, run, train
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
@@ -52,8 +53,12 @@ def main() -> None:
     )
     train(trainer)
     if args.use_peft and trainer.is_world_process_zero():
+        # From the files: of the model in training a process may hold a part.
+        base, _ = load_model(args, torch.float32, AutoModelForSequenceClassification, num_labels=1)
+        base.config.pad_token_id = tokenizer.pad_token_id
+        merged = PeftModel.from_pretrained(base, Path(args.output_dir, "final")).merge_and_unload()
         with new_folder(Path(args.output_dir, "merged")) as folder:
-            trainer.model.merge_and_unload().save_pretrained(folder)
+            merged.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
 

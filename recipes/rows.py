@@ -82,7 +82,12 @@ def _yaml_list(path: Path) -> Iterator[tuple[str, object]]:
             if not isinstance(node, yaml.SequenceNode):
                 raise DataError(f"{path}: wanted a list of rows")
             for child in node.value:
-                yield f"line {child.start_mark.line + 1}", loader.construct_object(child, deep=True)
+                place = f"line {child.start_mark.line + 1}"
+                try:
+                    values = loader.construct_object(child, deep=True)
+                except ValueError as error:
+                    raise DataError(f"{path}, {place}: {error}") from None
+                yield place, values
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             place = f", line {mark.line + 1}" if mark else ""
@@ -91,15 +96,21 @@ def _yaml_list(path: Path) -> Iterator[tuple[str, object]]:
 
 def _csv(path: Path) -> Iterator[tuple[str, object]]:
     """Cells are text, but for a `label` (true or false) and cells with a list in JSON, such as `messages`."""
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        reader.fieldnames  # noqa: B018  (reads the header, so that line_num counts it)
-        before = reader.line_num
-        for cells in reader:
-            place, before = f"line {before + 1}", reader.line_num
-            if None in cells or None in cells.values():
-                raise DataError(f"{path}, {place}: {len(reader.fieldnames)} cells wanted, as in the header")
-            yield place, {name: _cell(name, text, f"{path}, {place}") for name, text in cells.items()}
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader, before = csv.DictReader(file, strict=True), 0
+        try:
+            header = reader.fieldnames or []
+            if len(set(header)) < len(header):
+                raise DataError(f"{path}: two columns have one name: {', '.join(header)}")
+            before = reader.line_num
+            for cells in reader:
+                place, before = f"line {before + 1}", reader.line_num
+                if None in cells or None in cells.values():
+                    raise DataError(f"{path}, {place}: {len(header)} cells wanted, as in the header")
+                yield place, {name: _cell(name, text, f"{path}, {place}") for name, text in cells.items()}
+        except csv.Error as error:
+            raise DataError(f"{path}, line {before + 1}: not CSV: {error}") from None
 
 
 def _cell(name: str, text: str, where: str) -> object:

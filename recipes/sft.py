@@ -13,7 +13,7 @@ begins with a fresh state, so the loss is that of unpacked rows.
 from dataclasses import dataclass
 
 import torch
-from common import CALLBACKS, RecipeArguments, load_data, load_model, parse, run, train
+from recipe import CALLBACKS, RecipeArguments, load_data, load_model, parse, run, train
 from trl import SFTConfig, SFTTrainer
 
 from wkv.training import BETAS, EPSILON, keep_freed_memory, parameter_groups
@@ -31,6 +31,9 @@ class Arguments(RecipeArguments, SFTConfig):
     packing: bool = True
     eval_strategy: str = "epoch"
     weight_decay: float = 0.1
+    adam_beta1: float = BETAS[0]
+    adam_beta2: float = BETAS[1]
+    adam_epsilon: float = EPSILON
 
 
 class OfficialSFTTrainer(SFTTrainer):
@@ -38,8 +41,9 @@ class OfficialSFTTrainer(SFTTrainer):
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            groups = parameter_groups(self.model, self.args.learning_rate, self.args.weight_decay)
-            self.optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON)
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = parameter_groups(self.model, options.pop("lr"), self.args.weight_decay)
+            self.optimizer = optimizer(groups, **options)
         return self.optimizer
 
 

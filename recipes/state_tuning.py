@@ -13,7 +13,7 @@ states in the official format, which the `rwkv` package and other runtimes load.
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import CALLBACKS, RecipeArguments, load_data, load_model, parse, run, train
+from recipe import CALLBACKS, RecipeArguments, load_data, load_model, parse, run, train
 from trl import SFTConfig, SFTTrainer
 
 import wkv
@@ -55,9 +55,7 @@ def main() -> None:
     train(trainer)
     if trainer.is_world_process_zero() and model.config.model_type != "rwkv":
         official = Path(args.output_dir, "time_state.pth")
-        unfinished = official.with_name("unfinished.pth")
-        wkv.export_time_state(trainer.model, unfinished)
-        unfinished.replace(official)
+        wkv.export_time_state(Path(args.output_dir, "final"), official)
         print(f"the states in the official format: {official}")
 
 

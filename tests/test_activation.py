@@ -99,7 +99,7 @@ def test_start_up_costs_less_than_5_ms_and_imports_nothing(environment):
 
 @pytest.mark.parametrize("broken", [None, "raise RuntimeError('broken')", "def"])
 def test_start_up_survives_a_missing_or_broken_package(bare, broken, tmp_path):
-    """Only who imports transformers hears of it, in one warning that names the file."""
+    """Only who imports transformers hears of it, in one line that names the file."""
     if broken:
         (bare.packages / "wkv.py").write_text(broken)
     result = bare.run("-c", "print('started')")
@@ -107,7 +107,8 @@ def test_start_up_survives_a_missing_or_broken_package(bare, broken, tmp_path):
     (bare.packages / "transformers.py").write_text("print('transformers')")
     result = bare.run("-c", "import transformers")
     assert (result.returncode, result.stdout) == (0, "transformers\n"), result.stderr
-    assert result.stderr.count("UserWarning") == 1 and str(bare.file) in result.stderr
+    assert result.stderr.count("delete it if wkv is gone") == 1 and str(bare.file) in result.stderr
+    assert bare.run("-W", "error", "-c", "import transformers").returncode == 0
 
 
 def test_activating_and_deactivating_twice(tmp_path):

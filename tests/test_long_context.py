@@ -205,7 +205,16 @@ def losses(trainer) -> float:
 
 @pytest.mark.parametrize("options", [{"segment_length": 8}, {"segment_length": 4, "gradient_segments": 1}])
 def test_texts_longer_than_a_step(model, trainer, options):
-    """Every token is predicted from all that its text has before it."""
+    """Every token is predicted from all that its text has before it, and from a tuned state before that."""
+    check_long_texts(model, trainer, options)
+    tuned = get_peft_model(copy.deepcopy(model), wkv.StateTuningConfig())
+    with torch.no_grad():
+        for p in tuned.parameters():
+            _ = p.requires_grad and p.add_(torch.randn(p.shape) * 0.3)
+    check_long_texts(tuned, trainer, options)
+
+
+def check_long_texts(model, trainer, options):
     with torch.no_grad():
         expected = sum(
             (n - 1) * model(ids, labels=ids).loss

@@ -179,7 +179,9 @@ def test_logits_to_keep(model):
         assert_close(model(ids, logits_to_keep=torch.tensor([0, 7, 3])).logits, whole[:, [0, 7, 3]])
 
 
-def test_hidden_states(model):
+def test_hidden_states(own_model):
+    # transformers leaves its hooks on the blocks.
+    model = own_model
     ids, L = random_ids(2, T), model.config.num_hidden_layers
     with torch.no_grad():
         out = model(ids, output_hidden_states=True)

@@ -177,7 +177,8 @@ def test_trainable_tokens(base, by_name, tmp_path):
 )
 def test_parameters_that_are_no_linear_layers(base, name, tmp_path):
     model = adapted(copy.deepcopy(base), target_modules=[], target_parameters=[name])
-    assert_close(logits_of(copy.deepcopy(base)), logits_of(base))
+    with model.disable_adapter():
+        assert_close(logits_of(model), logits_of(base))
     losses = train(model, IDS)
     expected = logits_of(model)
     assert losses[-1] < losses[0] and (expected - logits_of(base)).abs().max() > 1e-3
@@ -229,7 +230,8 @@ def test_adapters_in_float32_on_a_model_in_bfloat16(base):
     assert logits_of(model).dtype == torch.bfloat16
     assert_close(logits_of(model), expected, torch.bfloat16)
     assert_close(one_by_one(model, IDS), expected, torch.bfloat16)
-    assert train(model, IDS)[-1] < 6
+    losses = train(model, IDS)
+    assert losses[-1] < losses[0] - 1
     with torch.autocast("cpu", torch.bfloat16):
         model.train()(IDS, labels=IDS).loss.backward()
     assert all(torch.isfinite(g).all() for g in gradients(model).values() if g is not None)

@@ -92,6 +92,9 @@ def test_every_kind_of_file_gives_rows_and_their_lines(tmp_path, name, lines):
         ("a.yaml", "text: a\n", r"a\.yaml: wanted a list of rows"),
         ("a.yaml", "- text: a\n- text: 'b\n", r"a\.yaml, line 3: not YAML"),
         ("a.csv", "text,more\na,b\nc\n", r"a\.csv, line 3: 2 cells wanted"),
+        ("a.csv", 'text\na\n"b\nc\n', r"a\.csv, line 3: not CSV: unexpected end of data"),
+        ("a.csv", "text,text\na,b\n", r"a\.csv: two columns have one name: text, text"),
+        ("a.yaml", "- text: a\n- text: 2020-13-45\n", r"a\.yaml, line 2: month must be in 1\.\.12"),
         ("a.csv", "messages\nhello\n", r"a\.csv, line 2: 'messages' is not JSON"),
         ("a.parquet", "not at all", r"a\.parquet: not Parquet"),
         ("a.txt", "text", r"a\.txt: not a data file or set that is known; files end with \.jsonl"),
@@ -101,6 +104,13 @@ def test_a_broken_file_is_named_with_the_line(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
         load(str(tmp_path / name), SFT)
+
+
+def test_csv_takes_long_cells_and_the_mark_that_spreadsheets_put_in_front(tmp_path):
+    path, long = tmp_path / "rows.csv", "word " * 40_000
+    path.write_text(f'prompt,completion\na,"{long}"\n', encoding="utf-8-sig")
+    (row,) = read_rows(path)
+    assert row.values == {"prompt": "a", "completion": long}
 
 
 def test_missing_or_undecodable_file_is_named(tmp_path):
@@ -144,6 +154,11 @@ BAD = {
     "word for label": ("label", {**LABELLED, "label": "good"}, "label not true or false: 'label' is 'good'"),
     "number for label": ("label", {**LABELLED, "label": 1}, "label not true or false: 'label' is 1"),
     "no completion": ("label", {**LABELLED, "completion": []}, "empty conversation: 'completion' has no messages"),
+    "label in a completion": (
+        "completion",
+        {"prompt": "Why?", "completion": "So.", "label": True},
+        "labelled answer: where there is a 'label' answers may be bad: use kto.py, or leave it out",
+    ),
     "asked again": (
         "label",
         {**LABELLED, "completion": [user("So.")]},
@@ -168,6 +183,7 @@ BAD = {
     ),
 }
 GOOD = {
+    "completion": [{"prompt": "When?", "completion": "Now."}, {"prompt": "Where?", "completion": "Here."}],
     "messages": [conversation(1), conversation(2)],
     "preference": [{**PAIR, "prompt": "When?"}, {**PAIR, "prompt": "Where?"}],
     "label": [LABELLED, {**LABELLED, "prompt": [user("Where?")]}],

@@ -1,7 +1,6 @@
 """The preference recipes as users run them, on a tiny model: what they leave behind, resume after a kill, refuse."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -9,20 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import recipe_cases
 import torch
 from conftest import busy_model
+from recipe_cases import RECIPES, finish, stop_after
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import wkv
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
-from data import split  # noqa: E402
+from data import split
 
 PAIRED = ("dpo", "orpo", "kto", "reward")
-STEPS = 6
+# So many that a run is still there when a signal reaches it.
+STEPS = 20
 SMALL = {"per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 2, "bf16": False, "disable_tqdm": True}
 GROUPS = {"num_generations": 2, "problems": 12, "per_device_eval_batch_size": 4}
 
@@ -72,27 +73,7 @@ def pair(question: str, *answers: str) -> dict[str, list]:
 
 def start(recipe: str, output: Path, model: Path, **options) -> subprocess.Popen:
     options = {"output_dir": output, "model_name_or_path": model, "max_steps": 2, **SMALL, **options}
-    arguments = [str(text) for name, value in options.items() for text in (f"--{name}", value)]
-    command = [sys.executable, "-u", str(RECIPES / f"{recipe}.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == code, output + errors
-    return output, errors
-
-
-def stop_after(process: subprocess.Popen, losses: int, number: signal.Signals) -> None:
-    """Send a signal once that many steps have been logged, and wait for the end."""
-    for line in process.stdout:
-        losses -= line.startswith("{'loss'")
-        if losses == 0:
-            break
-    assert losses == 0, "the run ended before it could be interrupted"
-    process.send_signal(number)
-    process.communicate(timeout=300)
+    return recipe_cases.start(recipe, **options)
 
 
 def results(output: Path, metric: str) -> dict:
@@ -119,7 +100,9 @@ def margins(model: Path, rows: list[dict]) -> list[float]:
 
 @pytest.mark.parametrize("recipe", ["dpo", "orpo", "kto"])
 def test_recipe_trains_the_whole_model(recipe, tmp_path, tiny, pairs):
-    printed, _ = finish(start(recipe, tmp_path, tiny, data=pairs, held_out=0.2))
+    options = {"data": pairs, "held_out": 0.2, "eval_strategy": "steps", "eval_steps": 2}
+    printed = finish(start(recipe, tmp_path, tiny, **options))
+    assert "'eval_loss'" in printed
     if recipe == "kto":
         # A batch has good and bad answers.
         assert "'rewards/chosen'" in printed and "'rewards/rejected'" in printed
@@ -165,12 +148,10 @@ def test_killed_run_ends_as_an_uninterrupted_one(recipe, tmp_path, tiny, judge, 
     if recipe == "grpo":
         options |= {"reward_model": judge, "steps_per_generation": 2, "num_iterations": 2, **GROUPS}
     finish(start(recipe, tmp_path / "whole", tiny, **options))
-    process = start(recipe, tmp_path / "parts", tiny, **options)
-    stop_after(process, 2, signal.SIGINT)
-    assert process.returncode == 128 + signal.SIGINT and not (tmp_path / "parts" / "final").exists()
-    process = start(recipe, tmp_path / "parts", tiny, **options)
-    stop_after(process, 2, signal.SIGKILL)
-    printed, _ = finish(start(recipe, tmp_path / "parts", tiny, **options))
+    assert stop_after(start(recipe, tmp_path / "parts", tiny, **options), 2, signal.SIGINT) == 128 + signal.SIGINT
+    assert not (tmp_path / "parts" / "final").exists()
+    assert stop_after(start(recipe, tmp_path / "parts", tiny, **options), 2, signal.SIGKILL) == -signal.SIGKILL
+    printed = finish(start(recipe, tmp_path / "parts", tiny, **options))
     assert 0 < len(re.findall("{'loss'", printed)) < STEPS - 2
     whole, parts = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -178,6 +159,9 @@ def test_killed_run_ends_as_an_uninterrupted_one(recipe, tmp_path, tiny, judge, 
     assert any(name in begun and not torch.equal(whole[name], begun[name]) for name in whole)
     whole, parts = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("whole", "parts"))
     assert whole["before"] == parts["before"] and whole["after"] == parts["after"]
+    # Once more when all is done: no step, the same scores.
+    assert "{'loss'" not in finish(start(recipe, tmp_path / "parts", tiny, **options))
+    assert json.loads((tmp_path / "parts" / "results.json").read_text())["after"] == whole["after"]
 
 
 @pytest.mark.slow
@@ -191,7 +175,7 @@ def test_wrong_pairs_are_refused_by_file_and_row(recipe, tmp_path, tiny):
     }
     for reason, row in bad.items():
         path.write_text("\n".join(map(json.dumps, [pair("Who?", "I.", "You."), row])))
-        _, errors = finish(start(recipe, tmp_path / "out", tiny, data=path), code=2)
+        errors = finish(start(recipe, tmp_path / "out", tiny, data=path), code=2)
         (line,) = (line for line in errors.splitlines() if line.startswith(f"{recipe}.py: error: {path}, line 2: "))
         assert reason in line and "Traceback" not in errors
     assert not (tmp_path / "out").exists()
@@ -199,5 +183,5 @@ def test_wrong_pairs_are_refused_by_file_and_row(recipe, tmp_path, tiny):
 
 @pytest.mark.slow
 def test_an_unknown_task_is_refused(tmp_path, tiny):
-    _, errors = finish(start("grpo", tmp_path / "out", tiny, task="chain_of_sums", **GROUPS), code=2)
+    errors = finish(start("grpo", tmp_path / "out", tiny, task="chain_of_sums", **GROUPS), code=2)
     assert errors.splitlines()[-1].startswith("grpo.py: error: --task chain_of_sums")

@@ -7,17 +7,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import recipe_cases
 import torch
 from peft import AutoPeftModelForCausalLM
+from recipe_cases import RECIPES, finish, stop_after
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wkv
 from wkv.models.rwkv_chat_templates import CHAT_TEMPLATES
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
 STEPS = 6
@@ -45,29 +47,7 @@ def rows(tmp_path_factory) -> Path:
 
 
 def start(recipe: str, output: Path, rows: Path, **changes) -> subprocess.Popen:
-    options = {"output_dir": output, "data": rows, **OPTIONS, **changes}
-    arguments = [str(text) for name, value in options.items() for text in (f"--{name}", value)]
-    command = [sys.executable, "-u", str(RECIPES / f"{recipe}.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-
-def finish(process: subprocess.Popen) -> str:
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
-    return output
-
-
-def stop_after(process: subprocess.Popen, losses: int, number: signal.Signals) -> int:
-    """Send a signal once that many steps have been logged; return the exit code."""
-    for line in process.stdout:
-        losses -= line.startswith("{'loss'")
-        if losses == 0:
-            break
-    assert losses == 0, "the run ended before it could be stopped"
-    process.send_signal(number)
-    process.communicate(timeout=300)
-    return process.returncode
+    return recipe_cases.start(recipe, output_dir=output, data=rows, **{**OPTIONS, **changes})
 
 
 def losses(output: Path) -> list[tuple[int, float]]:
@@ -122,6 +102,7 @@ def test_sft_killed_between_checkpoints_ends_as_an_uninterrupted_run(tmp_path, r
     groups = torch.load(parts / f"checkpoint-{STEPS}" / "optimizer.pt", weights_only=False)["param_groups"]
     assert {group["name"]: group["weight_decay"] for group in groups} == {"matrices": 0.1, "decay": 0, "rest": 0}
     assert [group["initial_lr"] for group in groups] == [3e-4, 6e-4, 3e-4]
+    assert {(*group["betas"], group["eps"]) for group in groups} == {(0.9, 0.99, 1e-18)}
 
     tokenizer = AutoTokenizer.from_pretrained(parts / "final")
     model = AutoModelForCausalLM.from_pretrained(parts / "final")
@@ -178,11 +159,13 @@ def recipe(monkeypatch):
 
 def test_distill_asks_the_teacher_once_for_every_prompt(tmp_path, rows, recipe, capsys):
     options = {**OPTIONS, "max_steps": 2, "prompts": 6, "teacher_tokens": 8, "teacher_batch": 4, "held_out": 0.4}
-    options |= {"teacher": wkv.demo_model_path(), "data": rows, "output_dir": tmp_path}
-    answers = tmp_path / f"teacher-{wkv.demo_model_path().stem}-8.jsonl"
+    options |= {"teacher": wkv.demo_model_path(), "data": rows, "output_dir": tmp_path, "adam_beta2": 0.95}
+    answers = tmp_path / f"teacher-{wkv.demo_model_path().name}-8.jsonl"
     recipe("distill", **options)
     complete = answers.read_text()
     assert len(complete.splitlines()) == 6 and (tmp_path / "final" / "model.safetensors").exists()
+    groups = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=False)["param_groups"]
+    assert len(groups) == 3 and {group["betas"] for group in groups} == {(0.9, 0.95)}
     # A crash leaves a line without an end: it alone is asked for again.
     lines = complete.splitlines(keepends=True)
     kept = json.loads(lines[0])
@@ -195,6 +178,54 @@ def test_distill_asks_the_teacher_once_for_every_prompt(tmp_path, rows, recipe, 
         answers.write_text("".join(lines[1:]))
         recipe("distill", **options)
     assert end.value.code == 2 and "its prompts are others than those of --data" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_another_model_or_other_data(tmp_path):
+    from recipe import ScoresBefore
+    from rows import DataError
+
+    def begin(**changes) -> ScoresBefore:
+        run = {"model_name_or_path": "small", "data": ["a.jsonl"], "held_out": 0.1, "seed": 7, "task": "chain_sum"}
+        args = SimpleNamespace(output_dir=tmp_path, **{**run, **changes})
+        return ScoresBefore(SimpleNamespace(args=args), lambda: {"eval_loss": 2.0})
+
+    start = begin()
+    start.on_train_begin(start.trainer.args, SimpleNamespace(is_world_process_zero=True), None)
+    assert begin().scores == {"loss": 2.0}
+    changes = {"model_name_or_path": "large", "data": ["b.jsonl"], "held_out": 0.2, "seed": 8, "task": "maze"}
+    for name, value in {**changes, "teacher": "smollm2"}.items():
+        with pytest.raises(DataError, match=f"holds a run with {name} "):
+            begin(**{name: value})
+
+
+def test_a_kill_while_the_old_folder_is_removed_leaves_the_new_one_whole(tmp_path, monkeypatch):
+    from checkpoints import new_folder
+
+    def write(text: str) -> None:
+        with new_folder(tmp_path / "final") as folder:
+            folder.mkdir()
+            (folder / "a").write_text(text)
+            (folder / "b").write_text(text)
+
+    def killed(folder: Path, **options) -> None:
+        if (folder / "a").exists():
+            (folder / "a").unlink()
+            raise KeyboardInterrupt
+
+    write("old")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", killed)
+        write("new")
+    assert [(tmp_path / "final" / name).read_text() for name in "ab"] == ["new", "new"]
+    write("newer")
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_long_context_wants_steps_that_are_more_than_the_warmup(tmp_path, recipe, capsys):
+    for steps, message in ((-1, "--max_steps -1: epochs are not counted here"), (5, "below total_steps=5, got 10")):
+        with pytest.raises(SystemExit) as end:
+            recipe("long_context", output_dir=tmp_path, max_steps=steps)
+        assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_mistake_ends_with_one_line_and_code_2(tmp_path, rows, recipe, capsys):

@@ -233,6 +233,11 @@ def test_several_adapters(tuned, tmp_path):
     assert list(tuned.peft_config) == ["default", "loaded"] and torch.equal(logits(tuned, ids), one)
 
 
+def test_an_adapter_for_each_row_is_refused(tuned):
+    with pytest.raises(ValueError, match="leave out adapter_names"):
+        tuned(random_ids(2, 5), adapter_names=["default", "__base__"])
+
+
 @pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload", "unmerge_adapter"])
 def test_merging_is_refused(method, tuned):
     with pytest.raises(ValueError, match=r"cannot be merged.*export_time_state|is never merged"):

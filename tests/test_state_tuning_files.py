@@ -214,6 +214,12 @@ def test_what_no_official_file_can_hold(tmp_path):
     with pytest.raises(ValueError, match=r"ends in \.pth or \.safetensors"):
         wkv.export_time_state(tuned, tmp_path / "a.bin")
     assert not list(tmp_path.iterdir())
+    # Of a folder, the base model's configuration tells how many layers there are.
+    busy_model("rwkv7").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tune(base, target_modules=["0.attn.initial_state", "1.attn.initial_state"]).save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match="that of 2 is not tuned"):
+        wkv.export_time_state(tmp_path / "two", path)
     torch.save({}, path)
     with pytest.raises(ValueError, match=r"blocks\.0\.att\.time_state is missing"):
         wkv.import_time_state(path, busy_model("rwkv7"))

@@ -3,6 +3,8 @@
 Letters: B rows, T tokens, S the WKV state.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import assert_close, busy_model, random_ids, states, time_mix
@@ -254,6 +256,12 @@ def test_dropout_and_patched_classes(plain_model, steps, monkeypatch):  # noqa: 
     with monkeypatch.context() as patch:
         patch.setattr(cls, "forward", lambda self, *args: forward(self, *args))
         check(plain_model, steps, 0)
+    check(plain_model, steps)
+    # As accelerate's hooks do it.
+    lora = loras(peft)[0]
+    lora.forward = partial(forward, lora)
+    check(plain_model, steps, 0)
+    del lora.forward
     check(plain_model, steps)
     # PEFT leaves the dropout of a new adapter in train mode.
     dropout = loras(peft)[0].lora_dropout["default"].train()

@@ -4,14 +4,7 @@ from .auto import register
 from .demo import demo_model_path
 
 __version__ = "0.1.0"
-__all__ = [
-    "StateTuningConfig",
-    "__version__",
-    "demo_model_path",
-    "export_time_state",
-    "import_time_state",
-    "register",
-]
+__all__ = ["__version__", "demo_model_path", "register"]
 
 register()
 

@@ -23,9 +23,7 @@ try:
                 try:
                     import wkv
                 except Exception as error:
-                    import warnings
-
-                    warnings.warn(f"{file} is there to import wkv, but {error!r}; delete it if wkv is gone")
+                    print(f"{file} is there to import wkv, but {error!r}; delete it if wkv is gone", file=sys.stderr)
 
     sys.meta_path.insert(0, _WkvActivation())
     del _WkvActivation

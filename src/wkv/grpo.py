@@ -81,7 +81,10 @@ class SharedPrefillGRPOTrainer(GRPOTrainer):
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
-            self._step, self._buffered_inputs = torch.load(self._rollout_file(checkpoint), self.args.device)
+            file = self._rollout_file(checkpoint)
+            if not file.is_file():
+                raise ValueError(f"{file}: missing: the checkpoint is another trainer's or of fewer processes")
+            self._step, self._buffered_inputs = torch.load(file, self.args.device)
 
     def _rollout_file(self, folder) -> Path:
         return Path(folder, f"rollout_{self.args.process_index}.pt")

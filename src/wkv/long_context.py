@@ -46,7 +46,8 @@ class LongContextMixin:
     """A Trainer that runs every row in segments of `segment_length` tokens; see the head of this file.
 
     Raises ValueError with gradient checkpointing, which the segments replace, with label smoothing, with gradients
-    through several segments in several processes, and where a row continues a text whose state is not at hand.
+    through several segments in several processes, with truncated ones under DeepSpeed, for rows of different length in
+    the processes, and where a row continues a text whose state is not at hand.
     """
 
     def __init__(self, *args, segment_length: int, gradient_segments: int | None = None, **kwargs):
@@ -58,6 +59,8 @@ class LongContextMixin:
                 raise ValueError(f"{type(self).__name__} does without {name}={getattr(self.args, name)}: leave it out")
         if isinstance(self.train_dataset, ConsecutiveRows) and self.args.train_sampling_strategy != "sequential":
             raise ValueError("ConsecutiveRows come in order: set train_sampling_strategy='sequential'")
+        if self.is_deepspeed_enabled and gradient_segments is not None:
+            raise ValueError("DeepSpeed steps after every backward pass: leave gradient_segments out, or use DDP")
         self.segment_length, self.gradient_segments = segment_length, gradient_segments
         self.segment_loss, self.compute_loss_func = self.compute_loss_func, None
         # By training or not: the state that the last rows ended in, and the position of the token that follows.
@@ -68,7 +71,11 @@ class LongContextMixin:
         row = prepare(inputs)
         row["num_items_in_batch"] = (row["shift_labels"] != IGNORED).sum()
         stretch = self.segment_length * self.gradient_segments if self.gradient_segments else None
-        return sum(super(LongContextMixin, self).training_step(model, x, num_items_in_batch) for x in cut(row, stretch))
+        stretches = list(cut(row, stretch))
+        counts = self.accelerator.gather(torch.tensor([len(stretches)], device=self.args.device))
+        if (counts != len(stretches)).any():
+            raise ValueError(f"rows of {counts.tolist()} stretches in the processes: pad them to one length")
+        return sum(super(LongContextMixin, self).training_step(model, x, num_items_in_batch) for x in stretches)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As `Trainer.compute_loss`; the outputs are nothing but the loss."""
@@ -76,16 +83,16 @@ class LongContextMixin:
         return Trainer.compute_loss(self, run, inputs, return_outputs, num_items_in_batch)
 
     def _run(self, model: nn.Module, **inputs) -> CausalLMOutput:
+        n = inputs.pop("num_items_in_batch", None)
         row = inputs if "starts" in inputs else prepare(inputs)
-        n = row.pop("num_items_in_batch", None)
         if n is None:
             n = (row["shift_labels"] != IGNORED).sum()
         # The last rows of a text may have nothing to predict.
         n = torch.as_tensor(n).clamp(min=1)
         positions = row.pop("positions")
         state = self._carried_state(row["starts"][:, 0], positions[:, 0])
-        # For the checkpoints: without an input that wants a gradient nothing has one.
-        anchor = torch.zeros((), requires_grad=True)
+        # Without an input that wants a gradient a segment may have none: a tuned state's goes to starts of texts only.
+        anchor = torch.zeros((), device=positions.device, requires_grad=True)
         loss, segments = 0.0, list(cut(row, self.segment_length))
         if torch.is_grad_enabled() and len(segments) > 1 and self.args.world_size > 1:
             raise ValueError("several processes train through one segment at a time: set gradient_segments=1")
@@ -95,7 +102,7 @@ class LongContextMixin:
             if torch.is_grad_enabled() and i < len(segments) - 1:
                 part, state = checkpoint(self._run_segment, model, segment, n, state, anchor, use_reentrant=True)
             else:
-                part, state = self._run_segment(model, segment, n, state)
+                part, state = self._run_segment(model, segment, n, state, anchor)
             loss = loss + part
         self.carried[self.model.training] = state.detach(), positions[:, -1] + 1
         return CausalLMOutput(loss=loss)
@@ -112,7 +119,9 @@ class LongContextMixin:
             )
         return state
 
-    def _run_segment(self, model: nn.Module, segment: dict[str, Tensor], n: Tensor, state: Tensor | None, anchor=None):
+    def _run_segment(
+        self, model: nn.Module, segment: dict[str, Tensor], n: Tensor, state: Tensor | None, anchor: Tensor
+    ):
         """The loss of a segment divided by n, and the state after it."""
         starts, inputs = segment["starts"], {key: x for key, x in segment.items() if key != "starts"}
         if state is not None and starts[:, 0].any():
@@ -129,7 +138,7 @@ class LongContextMixin:
             else:
                 outputs = model(**inputs, past_key_values=cache)
                 loss = self.segment_loss(outputs, None, num_items_in_batch=n, shift_labels=labels)
-        return loss, packed_states(cache)
+        return loss + anchor, packed_states(cache)
 
     def _first_state(self, like: Tensor) -> Tensor:
         """What texts begin with, (1, N)."""
@@ -152,8 +161,12 @@ class LongContextMixin:
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        if checkpoint is not None and (carried := torch.load(self._state_file(checkpoint), weights_only=True)):
-            self.carried[True] = carried
+        if checkpoint is not None:
+            file = self._state_file(checkpoint)
+            if not file.is_file():
+                raise ValueError(f"{file}: missing: the checkpoint is another trainer's or of fewer processes")
+            if carried := torch.load(file, self.args.device, weights_only=True):
+                self.carried[True] = carried
 
     def _state_file(self, folder: str) -> Path:
         return Path(folder, f"long_context_{self.args.process_index}.pt")
@@ -195,7 +208,7 @@ class ConsecutiveRows(Dataset):
 
     Lane after lane gives its next row, so that draw by draw a batch of `lanes` rows (all processes' together) continues
     the one before it. Texts stand in a lane one behind another, the next in that which is shortest so far. Every token
-    of a text is predicted but its first; a lane that ends before others is padded.
+    of a text is predicted but its first; a lane that ends before others is padded. Raises ValueError for an empty text.
     """
 
     def __init__(self, texts: Iterable[Sequence[int]], length: int, lanes: int = 1):

@@ -14,6 +14,7 @@ Letters: H heads, K and V the key and value channels of a head, A the width of R
 """
 
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType, TaskType, load_peft_weights, register_peft_method
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from .auto import GENERATIONS
 from .models.rwkv_cache import InitialState
@@ -105,6 +106,7 @@ class StateTuningLayer(nn.Module, BaseTunerLayer):
         return torch.stack([w * m, w.abs() + LEAST_WEIGHT, p], -1)
 
     def set_adapter(self, adapter_names, inference_mode: bool = False) -> None:
+        """As PEFT's. Raises ValueError for two states at once."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if len(held := [name for name in names if name in self.rwkv_state_S]) > 1:
             raise ValueError(f"a text begins with one state, but {', '.join(held)} are to be active; choose one")
@@ -144,6 +146,12 @@ class StateTuningModel(BaseTuner):
         # Where offloaded weights are between calls.
         target.add(adapter_name, torch.device("cpu") if device.type == "meta" else device)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, adapter_names=None, **kwargs):
+        if adapter_names is not None:
+            raise ValueError("all rows of a batch begin with the active adapter's state: leave out adapter_names")
+        yield
+
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         setattr(parent, child_name, new_module)
 
@@ -164,8 +172,13 @@ def export_time_state(adapter: nn.Module | str | Path, path: str | Path) -> None
     if isinstance(adapter, nn.Module):
         named, n_layers = {name: layer() for name, layer in _layers(adapter).items()}, adapter.config.num_hidden_layers
     else:
-        tunes_states = PeftConfig.from_pretrained(adapter).peft_type == PEFT_TYPE
-        named, n_layers = load_peft_weights(str(adapter), device="cpu") if tunes_states else {}, 0
+        config = PeftConfig.from_pretrained(adapter)
+        named, n_layers = {}, 0
+        if config.peft_type == PEFT_TYPE:
+            named = load_peft_weights(str(adapter), device="cpu")
+            # Without a choice of layers it has them all.
+            if config.exclude_modules or set(config.target_modules) != {"initial_state"}:
+                n_layers = AutoConfig.from_pretrained(config.base_model_name_or_path).num_hidden_layers
     matches = [(re.search(r"\.(\d+)\.att\w*\.initial_state\b", name), S) for name, S in named.items()]
     states = {int(match[1]): S for match, S in matches if match and S is not None}
     if not states:
@@ -180,7 +193,7 @@ def export_time_state(adapter: nn.Module | str | Path, path: str | Path) -> None
 def import_time_state(path: str | Path, model: PreTrainedModel | PeftModel) -> PeftModel:
     """The model with the states of an official file as its adapter; one that it has already takes their values.
 
-    Raises ValueError as `wkv.states.load_state` does.
+    Raises ValueError as `wkv.states.load_state` does, and for an adapter that does not tune every layer.
     """
     states = load_time_state(path, model.config)
     if not _layers(model):

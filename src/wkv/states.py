@@ -127,7 +127,10 @@ def load_time_state(path: str | Path, config: PreTrainedConfig) -> list[torch.Te
 
 
 def save_time_state(states: Sequence[torch.Tensor], path: str | Path) -> None:
-    """Write tuned states (H, K, V), one a layer, to an official file, which ends in .pth or .safetensors."""
+    """Write tuned states (H, K, V), one a layer, to an official file, which ends in .pth or .safetensors.
+
+    Raises ValueError for another ending, and for RWKV-4.
+    """
     path = Path(path)
     if path.suffix not in TIME_STATE_WRITERS:
         raise ValueError(f"{path}: the name of an official file of states ends in {' or '.join(TIME_STATE_WRITERS)}")

@@ -88,4 +88,4 @@ class LoraStates:
         return [m.training for m in self.dropouts]
 
     def _forwards(self) -> list:
-        return [lora.forward.__func__ for lora in self.loras[:1]]
+        return [type(lora).forward for lora in self.loras[:1]]

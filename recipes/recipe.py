@@ -38,7 +38,7 @@ class RecipeArguments:
     )
     data: list[str] = field(
         default_factory=lambda: ["chatterbot"],
-        metadata={"help": "Files (JSONL, JSON, YAML, CSV, Parquet), or chatterbot, alpaca_en, dpo_en, kto_en."},
+        metadata={"help": "Files (JSONL, JSON, YAML, CSV, Parquet), or chatterbot or alpaca_en."},
     )
     held_out: float = field(default=0.1, metadata={"help": "Share of the rows that is kept for evaluation."})
     skip_bad: bool = field(default=False, metadata={"help": "Leave out bad rows and count them, instead of an error."})
@@ -57,7 +57,7 @@ class RecipeArguments:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a recipe's `main`; wrong data or a wrong option ends it with one line and exit code 2, ctrl-C with 130."""
+    """Call a recipe's `main`; a DataError ends it with one line and exit code 2, ctrl-C with 130."""
     try:
         main()
     except DataError as error:
@@ -138,6 +138,12 @@ class Measures(TrainerCallback):
 
 
 CALLBACKS = [SaveOnInterrupt, Measures]
+# What a run cannot go on with when it changes, of those that a recipe has: they make its model and its data.
+DATA_ARGUMENTS = (
+    *("model_name_or_path", "data", "held_out", "seed"),
+    *("task", "task_options", "problems", "chat", "answer_pattern", "reward_model"),
+    *("teacher", "prompts", "teacher_tokens"),
+)
 
 
 def peak_memory() -> dict[str, int]:
@@ -172,6 +178,7 @@ def train(trainer: Trainer, evaluate: Callable[[], dict[str, float]] | None = No
     if checkpoint and is_last(checkpoint, trainer):
         # `Trainer.train` would take one step too many.
         trainer._load_from_checkpoint(str(checkpoint))
+        trainer._load_rng_state(str(checkpoint))
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -191,19 +198,19 @@ class ScoresBefore(TrainerCallback):
     """The scores of the untrained model, from the output folder when an earlier start left them there.
 
     Else they are made when the training begins: then a model that processes share out among them is ready. Raises
-    DataError when the earlier start was with another model, other data or another seed.
+    DataError when one of DATA_ARGUMENTS was another in the earlier start.
     """
 
     def __init__(self, trainer: Trainer, evaluate: Callable[[], dict[str, float]]):
         args = trainer.args
         self.trainer, self.evaluate, self.scores = trainer, evaluate, None
         self.path = Path(args.output_dir, "before.json")
-        self.run = {name: getattr(args, name) for name in ("model_name_or_path", "data", "held_out", "seed")}
+        self.run = {name: getattr(args, name) for name in DATA_ARGUMENTS if hasattr(args, name)}
         if self.path.exists():
             remembered = json.loads(self.path.read_text())
             for name, value in self.run.items():
-                if remembered["run"][name] != value:
-                    was, folder = remembered["run"][name], self.path.parent
+                was, folder = remembered["run"].get(name), self.path.parent
+                if was != value:
                     raise DataError(f"{folder} holds a run with {name} {was}, not {value}: take another --output_dir")
             self.scores = remembered["scores"]
 
