@@ -6,11 +6,19 @@ Letters: B rows, T tokens.
 import pytest
 import torch
 from conftest import assert_close, assert_gradients_close, busy_model, gradients, random_ids, states
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
+
+import wkv
+from wkv.long_context import ConsecutiveRows, LongContextMixin
 
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
+
+
+class LongTrainer(LongContextMixin, Trainer):
+    pass
 
 
 @pytest.fixture
@@ -72,6 +80,42 @@ def test_generation(model, on_gpu, options):
     expected = model.generate(**inputs, **settings)
     found = on_gpu.generate(**{name: x.to(CUDA) for name, x in inputs.items()}, **settings)
     assert found.cpu().tolist() == expected.tolist()
+
+
+def test_tuned_states_and_lora_of_packed_texts(model_type):
+    """The adapters' gradients, over states that are not zero."""
+    inputs = packed_row()
+    for config in (wkv.StateTuningConfig(), LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM")):
+        found = {}
+        for device in (CPU, CUDA):
+            torch.manual_seed(0)
+            tuned = get_peft_model(busy_model(model_type), config)
+            with torch.no_grad():
+                for p in tuned.parameters():
+                    _ = p.requires_grad and p.add_(0.3 * torch.randn(p.shape))
+            tuned.to(device)
+            moved = {name: x.to(device) for name, x in inputs.items()}
+            tuned(**moved, labels=moved["input_ids"], use_cache=False).loss.backward()
+            found[device] = {name: g.cpu() for name, g in gradients(tuned).items() if g is not None}
+        assert_gradients_close(found[CUDA], found[CPU])
+
+
+def test_texts_longer_than_a_row(on_gpu, tmp_path):
+    rows = ConsecutiveRows([random_ids(100).tolist(), random_ids(70).tolist()], 32)
+    args = TrainingArguments(
+        str(tmp_path),
+        num_train_epochs=4,
+        per_device_train_batch_size=1,
+        train_sampling_strategy="sequential",
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+    )
+    trainer = LongTrainer(on_gpu, args, train_dataset=rows, segment_length=8)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
 
 
 def test_trainer(on_gpu, tmp_path):

@@ -61,6 +61,11 @@ TOKENIZER = "tokenization_rwkv.RwkvTokenizer"
 TOKENIZER_ALIASES = ("RWKVWorldTokenizer", "Rwkv5Tokenizer", "Rwkv6Tokenizer", "RWKV7Tokenizer")
 
 
+def architecture(model_type: str) -> str:
+    """The causal language model's class, as `architectures` in a configuration names it."""
+    return GENERATIONS[model_type][2].rpartition(".")[2]
+
+
 def register() -> None:
     """Make AutoConfig, the AutoModel classes and AutoTokenizer know every generation, now or as they are imported."""
     _run_actions()

@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 from transformers import AutoConfig
 
-from .auto import GENERATIONS as CLASSES
+from .auto import architecture
 from .layouts import Row
 from .sources import Source, rearranged
 from .tensor_files import CheckpointError, LazyTensor
@@ -36,13 +36,9 @@ def hub_config(source: Source):
     generation = source.generation
     fields = {field: source.sizes[letter] for letter, field in generation.fields.items() if letter in source.sizes}
     config = AutoConfig.for_model(generation.model_type, **fields, **generation.constants)
-    config.architectures = [_architecture(generation.model_type)]
+    config.architectures = [architecture(generation.model_type)]
     config.dtype = most_common_dtype(source.tensors)
     return config
-
-
-def _architecture(model_type: str) -> str:
-    return CLASSES[model_type][2].rpartition(".")[2]
 
 
 def fla_tensors(source: Source) -> dict[str, LazyTensor]:

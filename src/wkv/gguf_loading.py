@@ -12,7 +12,7 @@ from transformers.core_model_loading import WeightConverter, _IdentityOp
 from transformers.integrations.gguf.dequant import dequantize
 
 from . import gguf_format
-from .auto import GENERATIONS as CLASSES
+from .auto import architecture
 from .gguf_tables import TABLES, Table, fields_of, scale_of, table_of, take_apart
 from .loading import OnlyRead
 
@@ -37,8 +37,7 @@ def register(part: str) -> None:
 
 def _config(metadata: dict, tensor_names: tuple[str, ...]) -> dict:
     model_type = table_of(metadata).generation.model_type
-    classes = [CLASSES[model_type][2].rpartition(".")[2]]
-    return {"model_type": model_type, "architectures": classes} | fields_of(metadata)
+    return {"model_type": model_type, "architectures": [architecture(model_type)]} | fields_of(metadata)
 
 
 def _transforms(table: Table, config) -> list[WeightConverter]:
