@@ -65,7 +65,8 @@ def test_memory_is_that_of_a_segment():
 @pytest.mark.parametrize("gradient_segments", [None, 1])
 def test_a_quarter_of_a_million_tokens(gradient_segments):
     options = {"segment_length": 1024, "gradient_segments": gradient_segments}
-    short, middle, long = peaks("demo", *((T, options) for T in (2**12, 2**15, 2**18)))
+    # The second trainer of a process finds what the first has left.
+    _, short, middle, long = peaks("demo", *((T, options) for T in (2**12, 2**12, 2**15, 2**18)))
     print(f"above the loaded model: {short:.0f} MiB at 4k tokens, {middle:.0f} at 32k, {long:.0f} at 256k")
     assert long < 2048
     assert long - short < (200 if gradient_segments is None else 20)
