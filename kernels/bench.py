@@ -8,6 +8,7 @@ of llama.cpp and the chart to a cache folder; nothing else is written.
     python kernels/bench.py                   # about fourteen minutes, and six more the first time
     python kernels/bench.py --quick           # a minute and a half, fewer turns and rows
     python kernels/bench.py --only context    # one part
+    python kernels/bench.py --device cuda     # the operators on a GPU; nothing else then
 """
 
 import argparse
@@ -19,6 +20,7 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
+import bench_cuda
 import bench_llama_cpp
 import bench_parts as parts
 import bench_tables as tables
@@ -149,6 +151,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--shape", choices=parts.PLANS, default="191m", help="tiny is to try the bench out")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the operators, on a GPU")
     parser.add_argument("--chart", type=Path, default=CACHE / "decode_context.png", help="PNG that `context` draws")
     given = parser.parse_args()
     if given.threads < 1:
@@ -163,6 +166,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given, start = arguments(), time.perf_counter()
+    if given.device == "cuda":
+        sys.exit(bench_cuda.main())
     # Read by the processes of the contenders.
     os.environ.update(OMP_NUM_THREADS=str(given.threads), TRANSFORMERS_VERBOSITY="error", TQDM_DISABLE="1")
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())

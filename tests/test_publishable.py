@@ -1,6 +1,7 @@
 """A published folder: saved with its code, it runs where neither `wkv` nor its kernels are installed."""
 
 import ast
+import functools
 import json
 import os
 import subprocess
@@ -9,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import AUTO_CLASSES, assert_close, busy_model, random_ids
-from transformers import AutoConfig
+from conftest import AUTO_CLASSES, TINY, assert_close, busy_model, random_ids
 
 import wkv.models
+from wkv.models.rwkv_publishing import registered
 from wkv.vocabulary import build_tokenizer
 
 MODELS = Path(wkv.models.__file__).parent
@@ -24,20 +25,22 @@ import torch, transformers
 torch.set_num_threads(1)
 ids = torch.load("ids.pt")
 results = {}
-for name in sys.argv[1:]:
-    model = getattr(transformers, name).from_pretrained("folder-" + name, trust_remote_code=True).eval()
+for folder in sys.argv[1:]:
+    model_type, name = folder.split("-")
+    model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True).eval()
     assert type(model).__module__.startswith("transformers_modules."), type(model)
     with torch.no_grad():
-        results[name] = model(ids)[0]
+        results[folder] = model(ids)[0]
     if name == "AutoModelForCausalLM":
-        results["written"] = model.generate(ids, max_new_tokens=8, do_sample=False)
-        tokenizer = transformers.AutoTokenizer.from_pretrained("folder-" + name, trust_remote_code=True)
+        results[model_type, "written"] = model.generate(ids, max_new_tokens=8, do_sample=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         assert type(tokenizer).__module__.startswith("transformers_modules."), type(tokenizer)
-        results["encoded"] = tokenizer("Hello \\u4f60\\n")["input_ids"]
+        results[model_type, "encoded"] = tokenizer("Hello \\u4f60\\n")["input_ids"]
 torch.save(results, "results.pt")
 """
 
 
+@functools.cache
 def siblings(module: str) -> set[str]:
     """A module of `wkv.models` and those that it imports, however far away."""
     tree = ast.parse((MODELS / f"{module}.py").read_text(encoding="utf-8"))
@@ -45,48 +48,50 @@ def siblings(module: str) -> set[str]:
     return {module}.union(*map(siblings, relative))
 
 
-@pytest.fixture
-def published(model_type, tmp_path):
-    """The models of a generation by the name of their auto class, each saved with its code as `folder-NAME`."""
-    config_class = type(AutoConfig.for_model(model_type))
-    models = {auto.__name__: busy_model(model_type, auto, vocab_size=257) for auto in AUTO_CLASSES}
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("published")
+
+
+@pytest.fixture(scope="module")
+def published(root):
+    """Models of each generation and auto class by the names of their folders, each saved with its code."""
+    models = {
+        f"{kind}-{auto.__name__}": busy_model(kind, auto, vocab_size=257) for kind in TINY for auto in AUTO_CLASSES
+    }
     tokenizer = build_tokenizer(pieces=[bytes([i]) for i in range(256)])
-    with pytest.MonkeyPatch.context() as patch:
-        # What register_for_auto_class() sets is undone, so that other tests save no code.
-        for registered in (config_class, type(tokenizer), *map(type, models.values())):
-            patch.setattr(registered, "_auto_class", None)
-        config_class.register_for_auto_class()
-        type(tokenizer).register_for_auto_class()
-        for name, model in models.items():
-            type(model).register_for_auto_class(name)
-            model.save_pretrained(tmp_path / f"folder-{name}")
-            tokenizer.save_pretrained(tmp_path / f"folder-{name}")
+    for folder, model in models.items():
+        auto_classes = {type(model): folder.partition("-")[2], type(model.config): "AutoConfig"}
+        with registered(auto_classes | {type(tokenizer): "AutoTokenizer"}):
+            model.save_pretrained(root / folder)
+            tokenizer.save_pretrained(root / folder)
     return models
 
 
-def test_every_sibling_is_copied(published, tmp_path):
+def test_every_sibling_is_copied(published, root):
     for name, model in published.items():
-        folder = tmp_path / f"folder-{name}"
-        config = json.loads((folder / "config.json").read_text())
-        assert config["auto_map"].keys() == {"AutoConfig", name}
+        config = json.loads((root / name / "config.json").read_text())
+        assert config["auto_map"].keys() == {"AutoConfig", name.partition("-")[2]}
         needed = siblings(type(model).__module__.rpartition(".")[2])
         assert len(needed) > 3
         for module in needed:
-            assert (folder / f"{module}.py").read_bytes() == (MODELS / f"{module}.py").read_bytes(), module
+            assert (root / name / f"{module}.py").read_bytes() == (MODELS / f"{module}.py").read_bytes(), module
 
 
-def test_folder_runs_without_the_package(published, tmp_path):
+def test_folders_run_without_the_package(published, root):
     ids = random_ids(2, 21)
-    torch.save(ids, tmp_path / "ids.pt")
+    torch.save(ids, root / "ids.pt")
     command = [sys.executable, "-c", ELSEWHERE, *published]
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    environment = {**os.environ, "HF_HOME": str(root / "home"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    found = torch.load(tmp_path / "results.pt")
-    with torch.no_grad():
-        for name, model in published.items():
+    found = torch.load(root / "results.pt")
+    for name, model in published.items():
+        with torch.no_grad():
             # There is plain PyTorch, here are the kernels.
             assert_close(found[name], model(ids)[0], what=name)
-        written = published["AutoModelForCausalLM"].generate(ids, max_new_tokens=8, do_sample=False)
-    assert torch.equal(found["written"], written)
-    assert found["encoded"] == [byte + 1 for byte in "Hello 你\n".encode()]
+        model_type, _, auto_class = name.partition("-")
+        if auto_class == "AutoModelForCausalLM":
+            written = model.generate(ids, max_new_tokens=8, do_sample=False)
+            assert torch.equal(found[model_type, "written"], written)
+            assert found[model_type, "encoded"] == [byte + 1 for byte in "Hello 你\n".encode()]

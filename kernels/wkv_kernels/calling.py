@@ -5,6 +5,7 @@ An operator is op(*rows, state, cu_seqlens) -> (o, final_state), with v among th
 """
 
 import ctypes
+import importlib
 import struct
 from collections.abc import Callable, Iterable
 
@@ -143,10 +144,11 @@ def _new_rows(x: Tensor) -> Tensor:
 
 
 def declare(name: str, rows: tuple[str, ...], shapes_of: Callable[..., Shapes]) -> torch._ops.OpOverload:
-    """Declares operator `name` of libwkv with torch: CPU, fake tensors, gradients. Returns what `run` calls.
+    """Declares operator `name` with torch: CPU, CUDA and ROCm, fake tensors, gradients. Returns what `run` calls.
 
-    `rows` names the tensors before state and cu_seqlens, in the order of wkv.h; `shapes_of` checks them. log_w may have
-    one row or one token for all, and then its gradient is summed over them.
+    CPUs are served by libwkv, GPUs by the module of that name in `triton/`, imported at the first call. `rows` names
+    the tensors before state and cu_seqlens, in the order of wkv.h; `shapes_of` checks them. log_w may have one row or
+    one token for all, and then its gradient is summed over them.
     """
     inputs = ", ".join([f"Tensor {x}" for x in rows] + ["Tensor? state", "Tensor? cu_seqlens"])
     gradients = ", ".join(["Tensor"] * (len(rows) + 1))
@@ -213,6 +215,19 @@ def declare(name: str, rows: tuple[str, ...], shapes_of: Callable[..., Shapes]) 
             grads[decay_at] = grads[decay_at].sum(0, keepdim=True).to(log_w.dtype)
         return *grads, grad_state
 
+    def on_gpu():
+        return importlib.import_module(f".triton.{name}", __package__)
+
+    def forward_on_gpu(*args):
+        examine(args)
+        with torch.cuda.device_of(args[0]):
+            return on_gpu().forward(*args)
+
+    def backward_on_gpu(grad_o, grad_final_state, *args):
+        examine(args)
+        with torch.cuda.device_of(args[0]):
+            return on_gpu().backward(grad_o, grad_final_state, *args)
+
     def fake_forward(*args):
         shapes, n_seq = examine(args)
         return _new_rows(args[v_at]), new_state(shapes, n_seq, args[v_at])
@@ -239,6 +254,8 @@ def declare(name: str, rows: tuple[str, ...], shapes_of: Callable[..., Shapes]) 
 
     torch.library.impl(f"wkv::{name}", "CPU")(forward)
     torch.library.impl(f"wkv::{name}_backward", "CPU")(backward)
+    torch.library.impl(f"wkv::{name}", "CUDA")(forward_on_gpu)
+    torch.library.impl(f"wkv::{name}_backward", "CUDA")(backward_on_gpu)
     torch.library.register_fake(f"wkv::{name}")(fake_forward)
     torch.library.register_fake(f"wkv::{name}_backward")(fake_backward)
     torch.library.register_autograd(f"wkv::{name}", differentiate, setup_context=keep)

@@ -125,7 +125,7 @@ class _Arguments:
 
 
 def _define(piece: str, schema: str, allocate, arguments, gradient_arguments) -> None:
-    """Declares wkv::{piece} and wkv::{piece}_backward.
+    """Declares wkv::{piece} and wkv::{piece}_backward: on CPUs by libwkv, on GPUs by triton/rwkv7_fused.py.
 
     allocate(*inputs) checks the inputs and makes the outputs; arguments(inputs, outputs) are the words of the forward
     structure, which in a backward pass has gradients in place of the outputs; gradient_arguments(arguments, inputs,
@@ -161,6 +161,22 @@ def _define(piece: str, schema: str, allocate, arguments, gradient_arguments) ->
         run(run_backward, filled.words)
         return found
 
+    def run_on_gpu(name: str, inputs, *tensors: list[Tensor]) -> None:
+        from .triton import rwkv7_fused
+
+        with torch.cuda.device_of(inputs[0]):
+            getattr(rwkv7_fused, name)(inputs, *tensors)
+
+    def forward_cuda(*inputs):
+        outputs = allocate(*inputs)
+        run_on_gpu(piece, inputs, as_list(outputs))
+        return outputs
+
+    def backward_cuda(grads, *inputs):
+        found = backward_fake(grads, *inputs)
+        run_on_gpu(backward, inputs, grads, found)
+        return found
+
     def setup_context(ctx, inputs, output) -> None:
         leaves, ctx.structure = pytree.tree_flatten(list(inputs))
         ctx.save_for_backward(*(x for x in leaves if isinstance(x, Tensor)))
@@ -180,6 +196,8 @@ def _define(piece: str, schema: str, allocate, arguments, gradient_arguments) ->
 
     torch.library.impl(f"wkv::{piece}", "CPU", forward_cpu)
     torch.library.impl(f"wkv::{backward}", "CPU", backward_cpu)
+    torch.library.impl(f"wkv::{piece}", "CUDA", forward_cuda)
+    torch.library.impl(f"wkv::{backward}", "CUDA", backward_cuda)
     torch.library.register_fake(f"wkv::{piece}", allocate)
     torch.library.register_fake(f"wkv::{backward}", backward_fake)
     torch.library.register_autograd(f"wkv::{piece}", differentiate, setup_context=setup_context)

@@ -36,5 +36,8 @@ def wkv7(
     rows. Returns o (B, T, H, V) in the dtype of v and the state after the last token, float32. Gradients flow to every
     input but cu_seqlens, once. Raises ValueError naming the argument that does not fit. Source: RWKV-7 "Goose" (Peng et
     al. 2025), with the state transposed.
+
+    GPUs need K <= 128 and log_w >= -exp(-1/2), which is as low as RWKV-7 goes, and do not read cu_seqlens back to check
+    it: a token outside of every sequence gets an undefined o.
     """
     return run(_OP, r, log_w, k, v, a, b, state, cu_seqlens)

@@ -1,7 +1,7 @@
 """`wkv activate`: a start-up file, so that programs which import only transformers or peft know our classes too.
 
 Python runs the .pth files of an environment whenever an interpreter starts, so this one does next to nothing: it waits
-until transformers or peft is asked for, and imports wkv first, which waits in turn (auto.py).
+until transformers, peft or lm_eval is asked for, and imports wkv first, which waits in turn (auto.py).
 """
 
 import os
@@ -18,7 +18,7 @@ try:
 
     class _WkvActivation:
         def find_spec(self, name, path=None, target=None):
-            if name in ("transformers", "peft") and self in sys.meta_path:
+            if name in ("transformers", "peft", "lm_eval") and self in sys.meta_path:
                 sys.meta_path.remove(self)
                 try:
                     import wkv

@@ -162,6 +162,20 @@ def _register_state_tuning() -> None:
     importlib.import_module(f"{__package__}.peft_state")
 
 
+def _register_evaluation() -> None:
+    from lm_eval.api.registry import model_registry
+    from lm_eval.models import MODEL_MAPPING
+
+    # A place that lm-eval imports when someone asks for the model.
+    MODEL_MAPPING["wkv"] = f"{__package__}.evaluation:WkvLM"
+    if "wkv" not in model_registry:
+        model_registry.register("wkv", target=MODEL_MAPPING["wkv"])
+
+
+def _register_pushing() -> None:
+    importlib.import_module(f"{__package__}.hub_trainer").register()
+
+
 _MODELS = f"{__package__}.models"
 _GENERATION_MODULES = {f"{_MODELS}.{name.partition('.')[0]}" for names in GENERATIONS.values() for name in names}
 # What they are made of, and somebody may import first.
@@ -170,6 +184,8 @@ _GENERATION_MODULES |= {f"{_MODELS}.rwkv_blocks", f"{_MODELS}.rwkv_models"}
 _waiting = {
     _register_adapters: ("peft.utils.constants",),
     _register_state_tuning: ("peft", f"{__package__}.peft_state"),
+    _register_evaluation: ("lm_eval.models",),
+    _register_pushing: ("transformers.trainer", f"{__package__}.hub_trainer"),
     _register_configurations: ("transformers.models.auto.configuration_auto", *_GENERATION_MODULES),
     _register_tokenizers: ("transformers.models.auto.tokenization_auto", f"{_MODELS}.tokenization_rwkv"),
     _register_models: (

@@ -10,7 +10,7 @@ from .presets import PRESETS
 
 app = typer.Typer(
     name="wkv",
-    help="RWKV for Hugging Face: convert, generate, chat.",
+    help="RWKV for Hugging Face: convert, generate, chat, evaluate.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,8 +42,8 @@ State = Annotated[
     Path | None, typer.Option(help="Begin from a file by --save-state or /save, or an official time_state file.")
 ]
 TEXT = PRESETS["text"]
-# Packages that some commands need.
-OPTIONAL = ("peft",)
+# Packages that some commands need, and the extra that brings them.
+OPTIONAL = {"peft": "train", **dict.fromkeys(("datasets", "evaluate", "lm_eval", "matplotlib", "wonderwords"), "eval")}
 
 
 @app.command()
@@ -218,6 +218,49 @@ def chat(
 
 
 @app.command()
+def publish(
+    folder: Annotated[
+        Path, typer.Argument(help="Of a model or an adapter, or an official file of a tuned state.", show_default=False)
+    ],
+    repo: Annotated[str, typer.Argument(help="USER/NAME on the Hugging Face Hub.", show_default=False)],
+    push: Annotated[bool, typer.Option("--push/--dry-run", help="Upload; otherwise only show what would be.")] = False,
+    private: Annotated[bool, typer.Option("--private/--public", help="Who can see it.")] = True,
+    revision: Annotated[str, typer.Option(help="Branch to commit to; made if it is not there.")] = "main",
+    commit_message: Annotated[str | None, typer.Option(help="By default `Publish` and the folder's name.")] = None,
+    licence: Annotated[
+        str | None, typer.Option("--licence", "--license", help="The Hub's identifier, such as apache-2.0.")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="The Hub's name of the model that this was made from.")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="Code of a language, such as en; may be repeated.")] = None,
+    data: Annotated[str | None, typer.Option(help="What it was trained on, for the card.")] = None,
+    training_command: Annotated[str | None, typer.Option(help="The command that trained it, for the card.")] = None,
+    results: Annotated[
+        list[Path] | None, typer.Option(help="Results JSON of `wkv eval`, for the card; may be repeated.")
+    ] = None,
+    notes: Annotated[str | None, typer.Option(help="Intended use and limits, for the card.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Larger files of weights are split.")] = "50GB",
+    allow_pickles: Annotated[bool, typer.Option("--allow-pickles", help="Let .bin, .pth and the like go up.")] = False,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of files to leave out; may be repeated.")] = None,
+) -> None:
+    """Publish on the Hugging Face Hub: shows every file and, with --push, uploads them as one commit."""
+    from .hub import CardFacts, publish
+
+    facts = CardFacts(licence, base_model, language or (), data, training_command, results or (), notes)
+    publish(
+        folder,
+        repo,
+        push_now=push,
+        private=private,
+        revision=revision,
+        commit_message=commit_message,
+        max_shard_size=max_shard_size,
+        allow_pickles=allow_pickles,
+        exclude=exclude or (),
+        facts=facts,
+    )
+
+
+@app.command()
 def demo(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     threads: Threads = None,
@@ -226,6 +269,58 @@ def demo(
     from .commands import demonstrate
 
     return demonstrate(max_new_tokens, threads)
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders, .gguf files, folders of PEFT adapters, ids on the Hub, or results files to show again.",
+            show_default=False,
+        ),
+    ],
+    tasks: Annotated[str, typer.Option(help="Tasks and groups of lm-eval, with commas.")] = "offline",
+    limit: Annotated[str | None, typer.Option(help="Documents of each task, or their share below 1.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each; by default the task's.")] = None,
+    batch_size: Annotated[str, typer.Option(help="A number, or auto.")] = "auto",
+    dtype: Dtype = "auto",
+    device: Annotated[str | None, typer.Option(help="By default cuda if there is one, else cpu.")] = None,
+    threads: Threads = None,
+    leading_token: Annotated[
+        bool, typer.Option("--leading-token", help="RWKV reads token 0 before every text, as by the official tools.")
+    ] = False,
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="Ask as in a chat.")] = False,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with more tasks, as of lm-eval.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of results, table and chart.")] = Path("runs/eval"),
+    given: Annotated[
+        list[Path] | None, typer.Option("--from", help="Results of one of the models, instead of running it.")
+    ] = None,
+    published: Annotated[
+        str | None, typer.Option(help="Model whose published figures to show beside the first; by default by name.")
+    ] = None,
+    context_lengths: Annotated[
+        str, typer.Option(help="Tokens after which memory is measured; empty: do not.")
+    ] = "512,1024,2048,4096,8192",
+    seed: Seed = None,
+) -> None:
+    """Run models on tasks of lm-eval: a results file each, and one table and one chart of all of them."""
+    from .eval_command import Settings, evaluate, parse_lengths, parse_limit, usual_device
+
+    settings = Settings(
+        tasks=tuple(filter(None, map(str.strip, tasks.split(",")))),
+        limit=parse_limit(limit),
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device or usual_device(),
+        threads=threads,
+        leading_token=leading_token,
+        apply_chat_template=apply_chat_template,
+        seed=seed,
+        context_lengths=parse_lengths(context_lengths),
+    )
+    evaluate(models, settings, output, given or [], include_path, published)
 
 
 def main() -> int:
@@ -242,9 +337,10 @@ def main() -> int:
     except (OSError, ValueError) as error:
         return _refuse(str(error))
     except ModuleNotFoundError as error:
-        if error.name not in OPTIONAL:
+        package = (error.name or "").partition(".")[0]
+        if package not in OPTIONAL:
             raise
-        return _refuse(f"this needs {error.name}: pip install 'wkv[train]'")
+        return _refuse(f"this needs {package}: pip install 'wkv[{OPTIONAL[package]}]'")
 
 
 def _refuse(message: str) -> int:

@@ -26,7 +26,7 @@ def key_stage(raw_w, raw_k, raw_a, k_k, k_a, heads: int):
 
     raw_w, raw_k, raw_a (B, T, A); k_k and k_a have A values.
     """
-    run = compiled.key_stage if is_compiled(raw_k) else plain_key_stage
+    run = compiled.key_stage if is_compiled(raw_k, "rwkv7_fused") else plain_key_stage
     return run(raw_w, raw_k, raw_a, k_k, k_a, heads)
 
 
@@ -43,7 +43,7 @@ def plain_key_stage(raw_w, raw_k, raw_a, k_k, k_a, heads: int):
 
 def value_residual(v, v_first, raw):
     """v + (v_first - v) sigmoid(raw), all (B, T, A)."""
-    run = compiled.value_residual if is_compiled(v) else plain_value_residual
+    run = compiled.value_residual if is_compiled(v, "rwkv7_fused") else plain_value_residual
     return run(v, v_first, raw)
 
 
@@ -57,7 +57,7 @@ def out_stage(norm: nn.Module, o, r, k, v, g, r_k):
 
     o, r, k, v (B, T, H, N), g (B, T, A), r_k (H, N). Returns (B, T, A).
     """
-    if is_compiled(o) and _does_nothing_else(norm):
+    if is_compiled(o, "rwkv7_fused") and _does_nothing_else(norm):
         return compiled.out_stage(o, r, k, v, g, r_k, norm.weight, norm.bias, norm.eps)
     return plain_out_stage(norm, o, r, k, v, g, r_k)
 

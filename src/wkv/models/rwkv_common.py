@@ -22,6 +22,8 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from .rwkv_publishing import ModelPushesCode
+
 logger = logging.get_logger(__name__)
 
 HUB_ARGUMENTS = (
@@ -72,7 +74,7 @@ def no_cache_in_training(forward):
     return wrapper
 
 
-class RwkvPreTrainedModel(PreTrainedModel):
+class RwkvPreTrainedModel(ModelPushesCode, PreTrainedModel):
     """Loading and saving rules of every generation: sizes come from the tensors, and no tensor is ever made up."""
 
     base_model_prefix = "model"

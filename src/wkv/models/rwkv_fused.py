@@ -35,7 +35,7 @@ def shift_mix(x, carried, plan, mixes):
     x (B, T, C); carried (B, C), the last token before this call, or None for zeros; each mix has C values. Returns a
     list of (B, T, C), under autocast in its dtype, which the products that follow want, and (B, C).
     """
-    if not is_compiled(x):
+    if not is_compiled(x, "rwkv7_fused"):
         return plain_shift_mix(x, carried, plan, mixes)
     before, last = (carried, x[:, -1]) if plan.source is None else token_shift(x, carried, plan)
     # The cache is overwritten in place, autograd still needs what the forward saw.
@@ -53,7 +53,7 @@ def plain_shift_mix(x, carried, plan, mixes):
 
 def relu_squared(x):
     """max(x, 0)^2 for x (B, T, C)."""
-    return compiled.relu_squared(x) if is_compiled(x) else plain_relu_squared(x)
+    return compiled.relu_squared(x) if is_compiled(x, "rwkv7_fused") else plain_relu_squared(x)
 
 
 def plain_relu_squared(x):

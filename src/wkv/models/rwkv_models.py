@@ -49,6 +49,8 @@ class GenericRwkvModel(RwkvPreTrainedModel):
     through all blocks and the last norm, and `get_blocks()`.
     """
 
+    _auto_name = "AutoModel"
+
     @no_cache_in_training
     @merge_with_config_defaults
     @capture_outputs
@@ -106,6 +108,7 @@ class GenericRwkvModel(RwkvPreTrainedModel):
 class GenericRwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
     """A base model with its language-model head."""
 
+    _auto_name = "AutoModelForCausalLM"
     # One mask for all layers, not one by their type: PEFT puts its prompts before a tensor or None.
     create_masks_for_generate = staticmethod(recurrent_mask)
 
@@ -159,6 +162,7 @@ class GenericRwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
 class GenericRwkvForSequenceClassification(RwkvPreTrainedModel):
     """A base model with a linear head on the last token that is not padding: classifiers and reward models."""
 
+    _auto_name = "AutoModelForSequenceClassification"
     # The loss is a mean over texts: the Trainer divides it by the number of accumulated batches.
     accepts_loss_kwargs = False
 

@@ -42,6 +42,9 @@ def plan_sequences(tokens, mask, position_ids=None, continues=False, cu_seq_lens
     holds earlier tokens; then `position_ids` do not mark packing. Raises `ValueError` when a shape does not fit.
     """
     B, T = tokens.shape[:2]
+    # A plan for one token is half as many small kernels again as the token itself.
+    if T == 1 and mask is not None and _is_full_on_gpu(mask):
+        mask = None
     starts = document_starts(tokens, mask, position_ids, continues, cu_seq_lens_q, seq_idx)
     if mask is None and starts is None:
         return SequencePlan()
@@ -67,6 +70,13 @@ def plan_sequences(tokens, mask, position_ids=None, continues=False, cu_seq_lens
     per_row = starts.sum(1)
     final = per_row.cumsum(0) - 1
     return plan._replace(cu_seqlens=bounds, first=final - per_row + 1, final=final)
+
+
+def _is_full_on_gpu(mask) -> bool:
+    """Whether a GPU says that nothing is masked; it cannot be asked from a graph."""
+    if not mask.is_cuda or is_torchdynamo_compiling() or torch.cuda.is_current_stream_capturing():
+        return False
+    return bool(mask.all())
 
 
 def document_starts(tokens, mask, position_ids, continues, cu_seq_lens_q, seq_idx):
@@ -104,12 +114,13 @@ def document_starts(tokens, mask, position_ids, continues, cu_seq_lens_q, seq_id
 def token_shift(x, carried, plan: SequencePlan):
     """The predecessor of every token, and the last token of every row.
 
-    x (B, T, C); carried (B, C), the last token before this call, or None for zeros. Returns (B, T, C) and (B, C).
+    x (B, T, C); carried (B, C), the last token before this call, or None for zeros. Returns (B, T, C) and (B, C). Of
+    packed documents that all go on from states, carried is (n, C) for one row, and so is what is returned for `last`.
     """
     carried = torch.zeros_like(x[:, 0]) if carried is None else carried.to(x.dtype)
     if plan.source is None:
         return torch.cat([carried.unsqueeze(1), x[:, :-1]], 1), x[:, -1]
-    padded = torch.cat([carried.unsqueeze(1), torch.zeros_like(x[:, :1]), x], 1)
+    padded = torch.cat([carried.unflatten(0, (x.shape[0], -1)), torch.zeros_like(x[:, :1]), x], 1)
     rows = torch.arange(x.shape[0], device=x.device)
     return padded[rows.unsqueeze(1), plan.source], padded[rows, plan.last]
 

@@ -16,6 +16,7 @@ from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy, logging
 
 from .rwkv_chat_templates import CHAT_TEMPLATES
+from .rwkv_publishing import TokenizerPushesCode
 from .rwkv_vocabulary import backend_pieces, encode_with_backend, read_world_vocabulary, world_backend
 
 # One warning that nothing is compiled is enough; the module of the operator gives it.
@@ -93,7 +94,7 @@ def _encode_between(trie: "Trie", texts: Sequence[str], found: list[tuple[int, A
     return list(zip(map(np.concatenate, row_ids), map(np.concatenate, row_spans), strict=True))
 
 
-class RwkvTokenizer(PreTrainedTokenizerFast):
+class RwkvTokenizer(TokenizerPushesCode, PreTrainedTokenizerFast):
     """The World tokenizer, from a `tokenizer.json`, from the official vocabulary file, or by `from_vocabulary`.
 
     pad = bos = eos = unk = id 0, and nothing is added to a text. With a `tokenizer.json` of another kind (the 20B one,

@@ -33,7 +33,7 @@ def wkv4(log_w, u, k, v, state=None, cu_seqlens=None):
     its p. With `cu_seqlens` (n + 1,), B is 1, the row holds n sequences one after the other, and state is (n, C, 3).
     Returns the output (B, T, C) in v's dtype and the final state in float32, shaped like `state`.
     """
-    if compiled_wkv4 is not None and is_compiled(k):
+    if compiled_wkv4 is not None and is_compiled(k, "wkv4"):
         return compiled_wkv4(log_w, u, k, v, state, cu_seqlens)
     if k.shape[1] == 1:
         return naive_recurrent_wkv4(log_w, u, k, v, state, cu_seqlens)

@@ -32,7 +32,7 @@ def wkv6(r, log_w, u, k, v, state=None, cu_seqlens=None):
     the row holds n sequences one after the other, and state is (n, H, K, V). Returns the output (B, T, H, V) in v's
     dtype and the final state in float32, shaped like `state`.
     """
-    if compiled_wkv6 is not None and is_compiled(k):
+    if compiled_wkv6 is not None and is_compiled(k, "wkv6"):
         return compiled_wkv6(r, log_w, u, k, v, state, cu_seqlens)
     if r.shape[1] == 1:
         return naive_recurrent_wkv6(r, log_w, u, k, v, state, cu_seqlens)

@@ -31,7 +31,7 @@ def wkv7(r, log_w, k, v, a, b, state=None, cu_seqlens=None):
     `cu_seqlens` (n + 1,), B is 1, the row holds n sequences one after the other, and state is (n, H, K, V).
     Returns the output (B, T, H, V) in v's dtype and the final state in float32, shaped like `state`.
     """
-    if compiled_wkv7 is not None and is_compiled(r):
+    if compiled_wkv7 is not None and is_compiled(r, "wkv7"):
         return compiled_wkv7(r, log_w, k, v, a, b, state, cu_seqlens)
     if r.shape[1] == 1:
         return naive_recurrent_wkv7(r, log_w, k, v, a, b, state, cu_seqlens)

@@ -20,9 +20,9 @@ except ImportError as error:
     )
 
 
-def is_compiled(x) -> bool:
-    """Whether there is a compiled operator for x: they serve CPUs and float32 or less so far."""
-    return wkv_kernels is not None and x.device.type in ("cpu", "meta") and x.dtype != torch.float64
+def is_compiled(x, op: str) -> bool:
+    """Whether operator `op` of wkv_kernels takes x: it has kernels for x's device, and none are for float64."""
+    return wkv_kernels is not None and x.dtype != torch.float64 and wkv_kernels.serves(op, x.device)
 
 
 def in_full_precision(op):
