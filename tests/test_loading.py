@@ -84,8 +84,10 @@ def test_memory(model_type, dtype, tmp_path):
 
 
 def calls_of_loading(folder: Path) -> int:
-    """Python functions that `from_pretrained` calls, in all its threads."""
+    """Python functions that `from_pretrained` calls, in all its threads, when it is called a second time."""
     calls = []
+    # Patterns that other tests have pushed out of the cache of `re` are compiled anew.
+    AutoModelForCausalLM.from_pretrained(folder)
 
     def count(frame, event, argument):
         if event == "call":
@@ -110,6 +112,4 @@ def test_a_tensor_costs_what_it_costs_a_llama(model_type, tmp_path):
     llama = LlamaForCausalLM(LlamaConfig(num_hidden_layers=(ours - 3) // 9, **width))
     assert ours - 9 < len(llama.state_dict()) <= ours
     llama.save_pretrained(tmp_path / "llama")
-    # Whatever only a first loading does is not counted.
-    AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
     assert 10 * ours < calls_of_loading(tmp_path / "ours") <= calls_of_loading(tmp_path / "llama")

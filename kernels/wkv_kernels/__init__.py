@@ -18,13 +18,16 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _fitting: dict[int | None, bool] = {}
 
 
-@torch.compiler.assume_constant_result
 def _fits(index: int | None) -> bool:
     """Whether Triton's kernels fit a GPU: NVIDIA's from compute capability 8.0 on, and AMD's."""
     if index not in _fitting:
         fits = not torch.cuda.is_available() or torch.version.hip or torch.cuda.get_device_capability(index) >= (8, 0)
         _fitting[index] = bool(fits)
     return _fitting[index]
+
+
+# What torch.compiler.assume_constant_result does, which would import torch's compiler here.
+_fits._dynamo_marked_constant = True
 
 
 def serves(op: str, device: torch.device) -> bool:
