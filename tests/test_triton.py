@@ -79,6 +79,15 @@ def test_operators_without_kernels_of_a_device_stay_plain(monkeypatch):
     assert not wkv_operators.is_compiled(Elsewhere, "wkv7")
 
 
+@pytest.mark.parametrize(("capability", "served"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_gpus_before_ampere_stay_plain(monkeypatch, capability, served):
+    monkeypatch.setattr(wkv_operators.wkv_kernels, "_fitting", {})
+    monkeypatch.setattr(wkv_operators.wkv_kernels, "_HAS_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert wkv_operators.wkv_kernels.serves("wkv7", torch.device("cuda", 0)) == served
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes minutes where there is a GPU")
 def test_bench_says_that_there_is_no_gpu():
     command = [sys.executable, str(Path(__file__).parents[1] / "kernels" / "bench.py"), "--device", "cuda"]
