@@ -184,12 +184,13 @@ def own_model(model):
     return copy.deepcopy(model)
 
 
+USUAL_VERBOSITY = logging.get_verbosity()
+
+
 @pytest.fixture(autouse=True)
 def usual_messages():
-    """Commands run in this process quieten transformers; the next test hears it again."""
-    verbosity = logging.get_verbosity()
-    yield
-    logging.set_verbosity(verbosity)
+    """Commands run in this process, also by fixtures of a module, quieten transformers; each test hears it again."""
+    logging.set_verbosity(USUAL_VERBOSITY)
     logging.enable_progress_bar()
 
 
