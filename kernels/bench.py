@@ -9,6 +9,8 @@ of llama.cpp and the chart to a cache folder; nothing else is written.
     python kernels/bench.py --quick           # a minute and a half, fewer turns and rows
     python kernels/bench.py --only context    # one part
     python kernels/bench.py --device cuda     # the operators on a GPU; nothing else then
+    python kernels/bench.py --device cuda --op wkv7 --lengths 4096 --without plain loop    # a part of that
+    python kernels/bench.py --device cuda --kernels    # time by kernel, beside what was predicted of each
 """
 
 import argparse
@@ -153,9 +155,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the operators, on a GPU")
     parser.add_argument("--chart", type=Path, default=CACHE / "decode_context.png", help="PNG that `context` draws")
+    bench_cuda.add_arguments(parser)
     given = parser.parse_args()
     if given.threads < 1:
         parser.error(f"argument --threads: must be at least 1, got {given.threads}")
+    bench_cuda.check_arguments(parser, given)
     if given.chart.suffix != ".png":
         parser.error(f"argument --chart: must end in .png, got {given.chart}")
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -167,7 +171,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     given, start = arguments(), time.perf_counter()
     if given.device == "cuda":
-        sys.exit(bench_cuda.main())
+        sys.exit(bench_cuda.main(given))
     # Read by the processes of the contenders.
     os.environ.update(OMP_NUM_THREADS=str(given.threads), TRANSFORMERS_VERBOSITY="error", TQDM_DISABLE="1")
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())

@@ -135,3 +135,22 @@ def test_trainer(on_gpu, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert next(on_gpu.parameters()).device.type == "cuda" and losses[-1] < 0.9 * losses[0]
+
+
+def test_a_masked_step_waits_for_nothing(model, on_gpu):
+    """One row pauses; what is masked is known to the GPU alone."""
+    ids = random_ids(2, 8)
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[0, 6] = 0
+    ids_gpu, mask_gpu = ids.to(CUDA), mask.to(CUDA)
+    with torch.no_grad():
+        cache = on_gpu(ids_gpu[:, :5], use_cache=True).past_key_values
+        on_gpu(ids_gpu[:, 5:6], attention_mask=mask_gpu[:, :6], past_key_values=cache)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for t in (6, 7):
+                found = on_gpu(ids_gpu[:, t : t + 1], attention_mask=mask_gpu[:, : t + 1], past_key_values=cache)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert_close(found.logits[0, -1].cpu(), model(ids[:1, [0, 1, 2, 3, 4, 5, 7]]).logits[0, -1])
+        assert_close(found.logits[1, -1].cpu(), model(ids[1:]).logits[0, -1])

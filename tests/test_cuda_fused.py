@@ -8,8 +8,6 @@ import torch
 from test_rwkv7_fused import BF16, CASES, FP16, FP32, Draw, assert_parity, kernels, make, run
 from torch.utils import _pytree as pytree
 
-from wkv.models.rwkv_sequences import SequencePlan, plan_sequences
-
 pytestmark = pytest.mark.gpu
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -80,10 +78,3 @@ def test_graph_of_one_token(case):
             outputs = pytree.tree_leaves(getattr(kernels, name)(*arguments))
     graph.replay()
     assert all(torch.equal(x, y) for x, y in zip(outputs, expected, strict=True))
-
-
-def test_one_token_has_a_plan_only_where_it_is_padding():
-    token, mask = torch.ones(2, 1, dtype=torch.long, device="cuda"), torch.ones(2, 1, device="cuda")
-    assert plan_sequences(token, mask) == SequencePlan()
-    mask[1] = 0
-    assert plan_sequences(token, mask).mask.tolist() == [[True], [False]]

@@ -7,7 +7,19 @@ import pytest
 import torch
 import wkv_kernels
 from test_wkv import CASES
-from wkv_cases import OPERATORS, Case, arrange, assert_equal, compiled, cu_seqlens, expected, make, run, tokens
+from wkv_cases import (
+    OPERATORS,
+    Case,
+    arrange,
+    assert_equal,
+    coarse_on_tensor_cores,
+    compiled,
+    cu_seqlens,
+    expected,
+    make,
+    run,
+    tokens,
+)
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -20,6 +32,8 @@ def on_gpu(case: Case) -> tuple[dict, dict, torch.Tensor | None]:
     x, grads = make(case)
     x = {name: None if t is None else t.to(CUDA) for name, t in x.items()}
     x = {name: arrange(t, case.layout) if name in tokens(case.op) else t for name, t in x.items()}
+    if case.layout == "broadcast":
+        x["log_w"] = x["log_w"][:1, :1].expand_as(x["k"])
     packing = cu_seqlens(case)
     return x, {name: g.to(CUDA) for name, g in grads.items()}, None if packing is None else packing.to(CUDA)
 
@@ -35,15 +49,18 @@ def test_parity(case):
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(again[name], t) for name, t in actual.items())
-    assert_equal({name: t.cpu() for name, t in actual.items()}, expected(case))
+    assert_equal({name: t.cpu() for name, t in actual.items()}, expected(case), coarse=coarse_on_tensor_cores(case))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_op
-def test_long_sequence(op):
+def test_long_sequence(op, dtype):
     """As on the CPU, whose errors test_wkv.py bounds at a hundred thousand tokens."""
-    x, grads, _ = on_gpu(Case(op, 40_000, B=1, H=2, K=64, V=64))
-    exact = run(compiled(op), *({name: t.cpu() for name, t in d.items()} for d in (x, grads)))
-    assert_equal({name: t.cpu() for name, t in run(compiled(op), x, grads).items()}, exact)
+    case = Case(op, 40_000, B=1, H=2, K=64, V=64, dtype=dtype)
+    x, grads, _ = on_gpu(case)
+    exact = run(compiled(op), *({name: t.cpu().float() for name, t in d.items()} for d in (x, grads)))
+    found = {name: t.cpu() for name, t in run(compiled(op), x, grads).items()}
+    assert_equal(found, exact, coarse=coarse_on_tensor_cores(case))
 
 
 @pytest.mark.parametrize("packed", [False, True])

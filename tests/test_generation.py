@@ -126,6 +126,22 @@ def test_left_padded_batch_equals_rows_alone(generator):
         assert_close(states(out.past_key_values, row), states(alone.past_key_values))
 
 
+def test_generated_tokens_have_no_mask(generator, monkeypatch):
+    """Whether it hides something would be asked of the GPU for every token."""
+
+    def as_it_is(attention_mask, **_):
+        return attention_mask
+
+    monkeypatch.setattr(type(generator), "create_masks_for_generate", staticmethod(as_it_is))
+    masks = []
+    generator.register_forward_pre_hook(
+        lambda _, args, given: masks.append(given.get("attention_mask")), with_kwargs=True
+    )
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    generator.generate(random_ids(2, 4), attention_mask=mask)
+    assert torch.equal(masks[0], mask) and len(masks) == NEW and not any(m is not None for m in masks[1:])
+
+
 @pytest.mark.parametrize("cache", ["static", "offloaded", "dynamic"])
 def test_cache_implementations(generator, cache):
     ids = random_ids(2, 7)

@@ -149,6 +149,16 @@ def test_masked_single_token_step(model):
     assert_close(states(cache, 0), states(alone_cache))
 
 
+def test_padding_token_by_token(model):
+    """Also before there is anything to carry."""
+    ids = random_ids(2, 5)
+    mask = torch.tensor([[0, 0, 1, 0, 1], [1, 1, 1, 1, 1]])
+    logits, cache = in_slices(model, ids, range(1, 6), mask)
+    alone, alone_cache = forward(model, ids[:1, [2, 4]])
+    assert_close(logits[0, [2, 4]], alone[0])
+    assert_close(states(cache, 0), states(alone_cache))
+
+
 def test_copied_cache_is_independent(model):
     ids = random_ids(2, T)
     _, cache = forward(model, ids)

@@ -13,6 +13,9 @@ from test_rwkv7_fused import (  # noqa: F401  (tests that are collected here)
     FP32,
     Draw,
     assert_parity,
+    kernels,
+    make,
+    run,
     test_extreme_values,
     test_key_near_zero,
     test_no_tokens,
@@ -58,6 +61,15 @@ def test_runs(case, monkeypatch):
     monkeypatch.setattr(rwkv7_fused, "SHORTEST_RUN", 2)
     monkeypatch.setattr(rwkv7_fused, "PARTS_TILE", 4)
     assert_parity(case, Draw(1, FP32), 2, 9, 2, 16)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_at_all(case):
+    """No tokens, no rows: gradients are zeros, and not what new memory is full of."""
+    for B, T in ((2, 0), (0, 3)):
+        name, arguments = make(case, Draw(3), B, T, 2, 16)
+        outputs, found, _ = run(getattr(kernels, name), arguments)
+        assert not any(x.numel() for x in outputs) and not any(g.any() for g in found)
 
 
 @pytest.mark.slow

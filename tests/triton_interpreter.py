@@ -25,14 +25,14 @@ interpreter._convert_float = _convert_float_as_hardware
 
 
 def _tf32(x: torch.Tensor) -> torch.Tensor:
-    """Rounded to ten digits behind the point."""
-    bits = x.view(torch.int32)
-    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+    """Tensor cores ignore what lies beyond ten digits behind the point."""
+    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
 # How a device rounds the parts that it splits a factor into, and which products of parts it adds up, smallest first.
 SPLITS = {
-    INPUT_PRECISION.TF32x3: (_tf32, ((1, 0), (0, 1), (0, 0))),
+    INPUT_PRECISION.TF32: (_tf32, ((0, 0),)),
+    INPUT_PRECISION.BF16x3: (lambda x: x.bfloat16().float(), ((1, 0), (0, 1), (0, 0))),
     INPUT_PRECISION.BF16x6: (lambda x: x.bfloat16().float(), ((1, 1), (2, 0), (0, 2), (1, 0), (0, 1), (0, 0))),
 }
 
@@ -60,7 +60,7 @@ def _dot_in_parts(dot):
 
 
 interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
-    allowed_dot_input_precisions=("bf16x6", "tf32x3")
+    allowed_dot_input_precisions=("bf16x3", "bf16x6", "tf32")
 )
 
 # Where the memory of the running kernel's arguments begins and ends.

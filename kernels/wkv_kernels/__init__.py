@@ -1,9 +1,8 @@
 """Compiled kernels for RWKV: operators declared through torch.library, and a tokenizer trie."""
 
-import importlib.util
-
 import torch
 
+from . import gpu
 from .library import isa, version
 from .wkv4 import wkv4
 from .wkv6 import wkv6
@@ -12,29 +11,13 @@ from .wkv7 import wkv7
 __all__ = ["info", "serves", "wkv4", "wkv6", "wkv7"]
 
 OPS = ("wkv4", "wkv6", "wkv7", "rwkv7_fused", "rwkv_step", "few_rows_linear", "cross_entropy")
-# Operators with a module in triton/, for devices that torch calls cuda: NVIDIA's and, through ROCm, AMD's.
-_TRITON_OPS = ("wkv4", "wkv6", "wkv7", "rwkv7_fused")
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_fitting: dict[int | None, bool] = {}
 
 
-def _fits(index: int | None) -> bool:
-    """Whether Triton's kernels fit a GPU: NVIDIA's from compute capability 8.0 on, and AMD's."""
-    if index not in _fitting:
-        fits = not torch.cuda.is_available() or torch.version.hip or torch.cuda.get_device_capability(index) >= (8, 0)
-        _fitting[index] = bool(fits)
-    return _fitting[index]
-
-
-# What torch.compiler.assume_constant_result does, which would import torch's compiler here.
-_fits._dynamo_marked_constant = True
-
-
-def serves(op: str, device: torch.device) -> bool:
-    """Whether an operator has kernels for a device, or is only traced there."""
+def serves(op: str, device: torch.device, head_size: int = 0) -> bool:
+    """Whether an operator has kernels for a device, and heads of so many key channels, or is only traced there."""
     if device.type != "cuda":
         return device.type in ("cpu", "meta")
-    return _HAS_TRITON and op in _TRITON_OPS and _fits(device.index)
+    return op in gpu.OPS and head_size <= gpu.MAX_HEAD_SIZE.get(op, head_size) and gpu.runs(device.index)
 
 
 def info() -> dict:

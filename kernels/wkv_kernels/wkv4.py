@@ -44,5 +44,8 @@ def wkv4(
     then have n rows. Returns o (B, T, C) in the dtype of v and the state after the last token, float32. Gradients flow
     to every input but cu_seqlens, once; p of the final state counts as a constant. Raises ValueError naming the
     argument that does not fit. Source: "RWKV: Reinventing RNNs for the Transformer Era" (Peng et al. 2023), appendix D.
+
+    GPUs do not read cu_seqlens back to check it: a token outside of every sequence gets an undefined o and undefined
+    gradients.
     """
     return run(_OP, log_w, u, k, v, state, cu_seqlens)

@@ -40,5 +40,8 @@ def wkv6(
     rows. Returns o (B, T, H, V) in the dtype of v and the state after the last token, float32. Gradients flow to every
     input but cu_seqlens, once. Raises ValueError naming the argument that does not fit. Source: "Eagle and Finch" (Peng
     et al. 2024), section 4.
+
+    GPUs need K <= 128 and do not read cu_seqlens back to check it: a token outside of every sequence gets an undefined
+    o and undefined gradients.
     """
     return run(_OP, r, log_w, u, k, v, state, cu_seqlens)

@@ -38,6 +38,6 @@ def wkv7(
     al. 2025), with the state transposed.
 
     GPUs need K <= 128 and log_w >= -exp(-1/2), which is as low as RWKV-7 goes, and do not read cu_seqlens back to check
-    it: a token outside of every sequence gets an undefined o.
+    it: a token outside of every sequence gets an undefined o and undefined gradients.
     """
     return run(_OP, r, log_w, k, v, a, b, state, cu_seqlens)

@@ -11,17 +11,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tokens of a diagonal block that `unit_lower_inverse` inverts row by row.
-BLOCK = tl.constexpr(16)
+from ..gpu import MAX_HEAD_SIZE
+
+# Of log_w from token to token: kernels multiply it by up to 16 tokens in 32 bits.
+LONGEST_STRIDE = 1 << 27
+# Adds between 0.36 and 0.72 of the last digit that tensor cores keep of a float32.
+ROUNDING = tl.constexpr(1 + 0.72 * 2**-11)
 
 
-def precision() -> str:
-    """How products of float32 matrices reach the accuracy of float32 on tensor cores.
+def precision(*rows: Tensor) -> str:
+    """How products are made on tensor cores from rows of these dtypes.
 
-    Three products of tf32, or six of bfloat16 on AMD, which has no tf32x3. The latter spills fewer registers, but on an
-    H100 Triton 3.6 makes wrong gradients of bfloat16 rows of it (4e-4 of log_w; all of them with num_stages=1).
+    Of bfloat16, which has eight digits, tf32, which has eleven; what is inverted, and states from chunk to chunk, are
+    multiplied exactly all the same. Else as exact as float32: three products of tf32, or six of bfloat16 on AMD, which
+    has no tf32.
     """
-    return "bf16x6" if torch.version.hip else "tf32x3"
+    coarse = len(rows) > 0 and all(x.dtype == torch.bfloat16 for x in rows)
+    if torch.version.hip:
+        return "bf16x3" if coarse else "bf16x6"
+    return "tf32" if coarse else "tf32x3"
+
+
+def check_head_size(op: str, r: Tensor) -> None:
+    """Raises ValueError where the heads of r (B, T, H, K) are too large for an operator."""
+    most, K = MAX_HEAD_SIZE[op], r.shape[3]
+    if most < K:
+        raise ValueError(f"r must have heads of at most {most} channels on {r.device.type}, not {K}")
+
+
+def is_coarse(products: str) -> bool:
+    """Whether products that `precision` names are coarser than float32."""
+    return products in ("tf32", "bf16x3")
 
 
 def warps(threads: int) -> int:
@@ -94,49 +114,94 @@ def chunks_of(first, sequence, T, n: tl.constexpr):
 
 @triton.jit
 def _rows(begin, end, h, H, n: tl.constexpr, N: tl.constexpr, column, BN: tl.constexpr):
-    t = begin + tl.arange(0, n)
-    i = column + tl.arange(0, BN)
-    return (t[:, None] * H + h) * N + i[None, :], (t < end)[:, None] & (i < N)[None, :]
+    t = tl.arange(0, n)
+    i = tl.arange(0, BN)
+    inside = (t < end - begin)[:, None]
+    if N % BN != 0:
+        inside = inside & (column + i < N)[None, :]
+    return (begin * H + h) * N + column, t[:, None] * (H * N) + i[None, :], inside
 
 
 @triton.jit
 def load_rows(x, begin, end, h, H, n: tl.constexpr, N: tl.constexpr, column, BN: tl.constexpr):
     """Channels `column` to `column + BN` of head h, in float32; zeros beyond the end or the last channel.  # (n, BN)"""
-    at, inside = _rows(begin, end, h, H, n, N, column, BN)
-    return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    first, at, inside = _rows(begin, end, h, H, n, N, column, BN)
+    return tl.load(x + first + at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_rows(x, value, begin, end, h, H, n: tl.constexpr, N: tl.constexpr, column, BN: tl.constexpr):
     """The reverse of `load_rows`: nothing is written beyond the end or the last channel."""
-    at, inside = _rows(begin, end, h, H, n, N, column, BN)
-    tl.store(x + at, value.to(x.dtype.element_ty), mask=inside)
+    first, at, inside = _rows(begin, end, h, H, n, N, column, BN)
+    tl.store(x + first + at, value.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rounded(x):
+    """x made so that what tensor cores keep of it, ten digits behind the point, is about the nearest.
+
+    Without integers, to which a GPU's NaN, 0x7fffffff, would be next to -0.
+    """
+    return x * ROUNDING
+
+
+@triton.jit
+def _split(x):
+    """x to ten digits behind the point, and the rest, which keeps NaN."""
+    big = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return big, x - big
+
+
+@triton.jit
+def dot(x, y, acc, PRECISION: tl.constexpr, X_EXACT: tl.constexpr = False, Y_EXACT: tl.constexpr = False):
+    """acc + x y, as `precision` says; acc may be None. EXACT says that a factor has no more than eleven digits.
+
+    tf32x3 by hand, since Triton's own also looks for NaN and infinities, in every part of every product.
+    """
+    if PRECISION == "tf32":
+        acc = tl.dot(_rounded(x), _rounded(y), acc, input_precision="tf32")
+    elif PRECISION == "tf32x3":
+        x_big, y_big = x, y
+        if not X_EXACT:
+            x_big, x_small = _split(x)
+        if not Y_EXACT:
+            y_big, y_small = _split(y)
+        if not X_EXACT:
+            acc = tl.dot(x_small, y_big, acc, input_precision="tf32")
+        if not Y_EXACT:
+            acc = tl.dot(x_big, y_small, acc, input_precision="tf32")
+        acc = tl.dot(x_big, y_big, acc, input_precision="tf32")
+    else:
+        acc = tl.dot(x, y, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def exact_dot(x, y, acc, PRECISION: tl.constexpr, X_EXACT: tl.constexpr = False):
+    """acc + x y as exact as float32, whatever the rows are."""
+    if PRECISION == "tf32" or PRECISION == "tf32x3":
+        acc = dot(x, y, acc, "tf32x3", X_EXACT)
+    else:
+        acc = dot(x, y, acc, "bf16x6")
+    return acc
 
 
 @triton.jit
 def unit_lower_inverse(A, n: tl.constexpr, PRECISION: tl.constexpr):
-    """(I - A)^-1 of a strictly lower triangular A (n, n), n = 16, 32 or 64.
+    """(I - A)^-1 of a strictly lower triangular A (n, n).
 
-    Diagonal blocks of 16 by substitution, row by row; powers of A would cancel catastrophically where keys repeat.
-    With D the inverses of these blocks and F = D times the rest of A, the inverse is (I + F + F^2 + F^3) D.
+    From diagonal blocks of 2 to blocks of n: with the inverses P and Q of two blocks and L of A below and left of them,
+    [[P, 0], [Q L P, Q]]. Powers of A would cancel catastrophically where keys repeat. A step of Newton's makes up for
+    coarse products.
     """
-    blocks: tl.constexpr = n // BLOCK
-    # A[block, row, other block, column], of which the diagonal blocks stay, transposed.
-    one = tl.arange(0, blocks)
-    diagonal = (one[:, None] == one[None, :])[:, None, :, None]
-    own = tl.sum(tl.where(diagonal, tl.reshape(A, [blocks, BLOCK, blocks, BLOCK]), 0.0), 2)
-    own = tl.permute(own, [0, 2, 1])  # (block, column, row)
-    i = tl.arange(0, BLOCK)
-    X = tl.broadcast_to((i[:, None] == i[None, :]).to(tl.float32)[None, :, :], [blocks, BLOCK, BLOCK])
-    for row in tl.static_range(1, BLOCK):
-        factors = tl.sum(tl.where(i[None, None, :] == row, own, 0.0), 2)
-        added = tl.sum(factors[:, :, None] * X, 1)
-        X = tl.where(i[None, :, None] == row, X + added[:, None, :], X)
-    if blocks == 1:
-        return tl.reshape(X, [n, n])
-    D = tl.reshape(tl.where(diagonal, X[:, :, None, :], 0.0), [n, n])
-    t = tl.arange(0, n) // BLOCK
-    F = tl.dot(D, tl.where(t[:, None] != t[None, :], A, 0.0), input_precision=PRECISION)
-    if blocks > 2:
-        D += tl.dot(tl.dot(F, F, input_precision=PRECISION), D, input_precision=PRECISION)
-    return D + tl.dot(F, D, input_precision=PRECISION)
+    t = tl.arange(0, n)
+    row, column = t[:, None], t[None, :]
+    identity = tl.where(row == column, 1.0, 0.0)
+    X = identity + tl.where(row // 2 == column // 2, A, 0.0)
+    for log in tl.static_range(1, 6):
+        if (2 << log) <= n:
+            below = (row >> (log + 1) == column >> (log + 1)) & (row >> log > column >> log)
+            X += dot(X, dot(tl.where(below, A, 0.0), X, None, PRECISION), None, PRECISION)
+    if PRECISION == "tf32" or PRECISION == "bf16x3":
+        X += dot(X, exact_dot(A, X, identity - X, PRECISION), None, PRECISION)
+    return X

@@ -369,6 +369,9 @@ def rwkv7_shift_mix_backward(inputs, g_outputs, g_inputs) -> None:
     x, before, mixes, _ = inputs
     g_x, *sums = g_inputs
     g_before = None if before is None else sums.pop(0)
+    # It is written with the gradient of a row's first token.
+    if g_before is not None and x.shape[1] == 0:
+        g_before.zero_()
     C, channels = x.shape[2], min(RUN_CHANNELS, triton.next_power_of_2(x.shape[2]))
     arguments = *_all_rows(x, before), _vectors(*mixes), _all_rows(*g_outputs), *_all_rows(g_x, g_before)
     constants = {"each": before is not None and before.dim() == 3, "count": len(mixes), "CHANNELS": channels}

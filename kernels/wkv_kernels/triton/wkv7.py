@@ -2,8 +2,8 @@
 
 Letters: as in wkv_kernels/wkv7.py, and n tokens of a chunk; c sums of log_w from the chunk's first token, e the same
 without the token itself, m that of the middle token, the reference of exponents. A chunk changes the state by
-S' = M S + N and puts out Y + Q S, all of which kernels/README.md derives. Needs log_w >= -exp(-1/2), but for calls of
-few tokens.
+S' = M S + N and puts out P V + Q S, all of which kernels/README.md derives. Needs log_w >= -exp(-1/2), but for the
+forward pass of few tokens.
 """
 
 from dataclasses import dataclass
@@ -13,36 +13,57 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import chunk_tokens, chunks_of, cut, load_rows, padded, precision, store_rows, unit_lower_inverse, warps
+from .common import (
+    check_head_size,
+    chunk_tokens,
+    chunks_of,
+    cut,
+    dot,
+    exact_dot,
+    is_coarse,
+    load_rows,
+    padded,
+    precision,
+    store_rows,
+    unit_lower_inverse,
+    warps,
+)
 
 # Up to this many tokens a call runs token by token.
 FEW_TOKENS = 32
-MAX_HEAD_SIZE = 128
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """Tokens of a chunk, value channels in a turn of the loops of either pass, and threads of a program.
+    """Tokens of a chunk, value channels in a turn of the loops, and threads of a program; of a program of the scan:
+    value channels, threads, and chunks that are under way.
 
-    What spills fewest registers on sm_90, see kernels/triton_table.py.
+    What takes fewest instructions on sm_90 without spilling much, see kernels/triton_table.py.
     """
 
     n: int
     turn: int
-    backward_turn: int
     threads: int
+    scan_columns: int
     scan_threads: int
+    scan_stages: int
 
 
-# By padded head size.
+# By padded head size: of bfloat16 rows, and of rows whose products are as exact as float32.
 CONFIGURATIONS = {
-    16: Configuration(n=32, turn=16, backward_turn=16, threads=128, scan_threads=64),
-    32: Configuration(n=32, turn=32, backward_turn=32, threads=256, scan_threads=64),
-    64: Configuration(n=32, turn=64, backward_turn=32, threads=256, scan_threads=128),
-    128: Configuration(n=16, turn=16, backward_turn=16, threads=256, scan_threads=128),
+    16: Configuration(n=32, turn=16, threads=64, scan_columns=16, scan_threads=64, scan_stages=3),
+    32: Configuration(n=32, turn=32, threads=64, scan_columns=16, scan_threads=64, scan_stages=3),
+    64: Configuration(n=32, turn=32, threads=128, scan_columns=32, scan_threads=128, scan_stages=3),
+    128: Configuration(n=16, turn=16, threads=128, scan_columns=16, scan_threads=256, scan_stages=2),
 }
-# Value channels of a program, where programs share them.
-SCAN_COLUMNS, COLUMNS = 16, 64
+EXACT_CONFIGURATIONS = {
+    16: Configuration(n=16, turn=16, threads=64, scan_columns=16, scan_threads=64, scan_stages=3),
+    32: Configuration(n=16, turn=32, threads=64, scan_columns=16, scan_threads=64, scan_stages=3),
+    64: Configuration(n=16, turn=16, threads=128, scan_columns=32, scan_threads=128, scan_stages=3),
+    128: Configuration(n=16, turn=16, threads=256, scan_columns=16, scan_threads=256, scan_stages=2),
+}
+# Value channels of a program of those kernels that share a chunk.
+COLUMNS = 64
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -78,58 +99,58 @@ def recurrent_kernel(
     tl.store(final_state + at, S, mask=inside)
 
 
+@triton.jit
+def _load_decays(log_w, begin, end, h, H, n: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
+    """log_w of a chunk and c, (n, BK); their sum and m, (BK,)."""
+    w = load_rows(log_w, begin, end, h, H, n, K, 0, BK)
+    c = tl.cumsum(w, 0)
+    return w, c, tl.sum(w, 0), tl.sum(tl.where((tl.arange(0, n) == n // 2)[:, None], c, 0.0), 0)
+
+
 @triton.jit(do_not_specialize=["T", "H"])
 def prepare_kernel(
-    r, log_w, k, v, a, b, grad_o, bounds, M, N, Q, Y, X, T, H, K: tl.constexpr, V: tl.constexpr, n: tl.constexpr,
+    r, log_w, k, v, a, b, grad_o, bounds, M, N, Q, P, T, H, K: tl.constexpr, V: tl.constexpr, n: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, VP: tl.constexpr, PRECISION: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk and head: M (BK, BK), N (BK, VP); forward Q (n, BK) and Y (n, VP), backward the inverse X (n, n)
-    and Q^T grad_o (BK, VP) in place of Y."""
+    """Of one chunk and head: M (BK, BK), N (BK, VP); forward Q (n, BK) and P (n, n), backward Q^T grad_o (BK, VP) and
+    the inverse X in their place."""
     chunk, h = tl.program_id(0), tl.program_id(1)
     begin, end = chunk_tokens(bounds, chunk, T, n)
     head = chunk.to(tl.int64) * H + h
     t, i = tl.arange(0, n), tl.arange(0, BK)
     below, not_above = t[:, None] > t[None, :], t[:, None] >= t[None, :]
 
-    w = load_rows(log_w, begin, end, h, H, n, K, 0, BK)
-    c = tl.cumsum(w, 0)
-    total = tl.sum(w, 0)
-    m = tl.sum(tl.where((t == n // 2)[:, None], c, 0.0), 0)
+    w, c, total, m = _load_decays(log_w, begin, end, h, H, n, K, BK)
     to_end, from_start = tl.exp(total - m), tl.exp(m)
-    to_middle = tl.exp(m[None, :] - c)
     Am = load_rows(a, begin, end, h, H, n, K, 0, BK) * tl.exp(c - w - m[None, :])
-    Bm = load_rows(b, begin, end, h, H, n, K, 0, BK) * to_middle
-    ab = tl.where(below, tl.dot(Am, tl.trans(Bm), input_precision=PRECISION), 0.0)
-    inverse = unit_lower_inverse(ab, n, PRECISION)
-    W = tl.dot(inverse, Am, input_precision=PRECISION)
-    carried = tl.dot(tl.trans(Bm), W, input_precision=PRECISION) * to_end[:, None] * from_start[None, :]
+    Bm = load_rows(b, begin, end, h, H, n, K, 0, BK) * tl.exp(m[None, :] - c)
+    inverse = tl.where(below, exact_dot(Am, tl.trans(Bm), None, PRECISION), 0.0)
+    inverse = unit_lower_inverse(inverse, n, PRECISION)
+    W = dot(inverse, Am, None, PRECISION)
+    carried = dot(tl.trans(Bm), W, None, PRECISION) * to_end[:, None] * from_start[None, :]
     carried += tl.where(i[:, None] == i[None, :], tl.exp(total)[:, None], 0.0)
     tl.store(M + head * BK * BK + i[:, None] * BK + i[None, :], carried)
 
-    Km = load_rows(k, begin, end, h, H, n, K, 0, BK) * to_middle
     Rm = load_rows(r, begin, end, h, H, n, K, 0, BK) * tl.exp(c - m[None, :])
-    ak = tl.where(below, tl.dot(Am, tl.trans(Km), input_precision=PRECISION), 0.0)
-    rb = tl.where(not_above, tl.dot(Rm, tl.trans(Bm), input_precision=PRECISION), 0.0)
-    q = (Rm + tl.dot(rb, W, input_precision=PRECISION)) * from_start[None, :]
+    rb = tl.where(not_above, dot(Rm, tl.trans(Bm), None, PRECISION), 0.0)
+    q = dot(rb, W, Rm, PRECISION) * from_start[None, :]
+    Km = load_rows(k, begin, end, h, H, n, K, 0, BK) * tl.exp(m[None, :] - c)
+    ak = tl.where(below, dot(Am, tl.trans(Km), None, PRECISION), 0.0)
+    p = dot(inverse, ak, None, PRECISION)
     if BACKWARD:
-        tl.store(X + head * n * n + t[:, None] * n + t[None, :], inverse)
+        tl.store(P + head * n * n + t[:, None] * n + t[None, :], inverse)
     else:
-        rk = tl.where(not_above, tl.dot(Rm, tl.trans(Km), input_precision=PRECISION), 0.0)
         tl.store(Q + head * n * BK + t[:, None] * BK + i[None, :], q)
+        rk = tl.where(not_above, dot(Rm, tl.trans(Km), None, PRECISION), 0.0)
+        tl.store(P + head * n * n + t[:, None] * n + t[None, :], dot(rb, p, rk, PRECISION))
+    keys = tl.trans(dot(tl.trans(p), Bm, Km, PRECISION)) * to_end[:, None]
     for first in range(0, V, BV):
         j = first + tl.arange(0, BV)
-        V_ = load_rows(v, begin, end, h, H, n, V, first, BV)
-        U = tl.dot(inverse, tl.dot(ak, V_, input_precision=PRECISION), input_precision=PRECISION)
-        new = tl.dot(tl.trans(Km), V_, input_precision=PRECISION)
-        new = tl.dot(tl.trans(Bm), U, new, input_precision=PRECISION) * to_end[:, None]
+        new = dot(keys, load_rows(v, begin, end, h, H, n, V, first, BV), None, PRECISION)
         tl.store(N + (head * BK + i[:, None]) * VP + j[None, :], new)
         if BACKWARD:
-            G = load_rows(grad_o, begin, end, h, H, n, V, first, BV)
-            tl.store(Y + (head * BK + i[:, None]) * VP + j[None, :], tl.dot(tl.trans(q), G, input_precision=PRECISION))
-        else:
-            y = tl.dot(rk, V_, input_precision=PRECISION)
-            y = tl.dot(rb, U, y, input_precision=PRECISION)
-            tl.store(Y + (head * n + t[:, None]) * VP + j[None, :], y)
+            read = dot(tl.trans(q), load_rows(grad_o, begin, end, h, H, n, V, first, BV), None, PRECISION)
+            tl.store(Q + (head * BK + i[:, None]) * VP + j[None, :], read)
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -155,24 +176,25 @@ def scan_kernel(
         carried = tl.load(M + head * BK * BK + i[:, None] * BK + i[None, :])
         new = tl.load(N + here)
         tl.store(start + here, S)
-        S = tl.dot(tl.trans(carried) if REVERSE else carried, S, new, input_precision=PRECISION)
+        S = exact_dot(tl.trans(carried) if REVERSE else carried, S, new, PRECISION)
     tl.store(final_state + at, S, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "H"])
 def output_kernel(
-    Q, Y, start, o, bounds, T, H, V: tl.constexpr, n: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    v, Q, P, start, o, bounds, T, H, V: tl.constexpr, n: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     VP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o = Y + Q S of one chunk and head."""
+    """o = P V + Q S of one chunk and head."""
     chunk, h, column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
     begin, end = chunk_tokens(bounds, chunk, T, n)
     head = chunk.to(tl.int64) * H + h
     t, i, j = tl.arange(0, n), tl.arange(0, BK), column + tl.arange(0, BV)
-    q = tl.load(Q + head * n * BK + t[:, None] * BK + i[None, :])
     S = tl.load(start + (head * BK + i[:, None]) * VP + j[None, :])
-    y = tl.load(Y + (head * n + t[:, None]) * VP + j[None, :])
-    store_rows(o, tl.dot(q, S, y, input_precision=PRECISION), begin, end, h, H, n, V, column, BV)
+    o_ = dot(tl.load(Q + head * n * BK + t[:, None] * BK + i[None, :]), S, None, PRECISION)
+    p = tl.load(P + head * n * n + t[:, None] * n + t[None, :])
+    o_ = dot(p, load_rows(v, begin, end, h, H, n, V, column, BV), o_, PRECISION)
+    store_rows(o, o_, begin, end, h, H, n, V, column, BV)
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -187,34 +209,31 @@ def value_gradient_kernel(
     t, i, j = tl.arange(0, n), tl.arange(0, BK), column + tl.arange(0, BV)
     below, not_above = t[:, None] > t[None, :], t[:, None] >= t[None, :]
 
-    w = load_rows(log_w, begin, end, h, H, n, K, 0, BK)
-    c = tl.cumsum(w, 0)
-    total = tl.sum(w, 0)
-    m = tl.sum(tl.where((t == n // 2)[:, None], c, 0.0), 0)
+    w, c, total, m = _load_decays(log_w, begin, end, h, H, n, K, BK)
     to_middle = tl.exp(m[None, :] - c)
     here = (head * BK + i[:, None]) * VP + j[None, :]
     Am = load_rows(a, begin, end, h, H, n, K, 0, BK) * tl.exp(c - w - m[None, :])
     Km = load_rows(k, begin, end, h, H, n, K, 0, BK) * to_middle
     V_ = load_rows(v, begin, end, h, H, n, V, column, BV)
-    ak = tl.where(below, tl.dot(Am, tl.trans(Km), input_precision=PRECISION), 0.0)
-    u = tl.dot(ak, V_, input_precision=PRECISION)
-    u = tl.dot(Am, tl.load(start + here) * tl.exp(m)[:, None], u, input_precision=PRECISION)
+    ak = tl.where(below, dot(Am, tl.trans(Km), None, PRECISION), 0.0)
+    u = dot(ak, V_, None, PRECISION)
+    u = dot(Am, tl.load(start + here) * tl.exp(m)[:, None], u, PRECISION)
     inverse = tl.load(X + head * n * n + t[:, None] * n + t[None, :])
-    tl.store(U + (head * n + t[:, None]) * VP + j[None, :], tl.dot(inverse, u, input_precision=PRECISION))
+    tl.store(U + (head * n + t[:, None]) * VP + j[None, :], dot(inverse, u, None, PRECISION))
 
     Gm = tl.load(G + here) * tl.exp(total - m)[:, None]
     Rm = load_rows(r, begin, end, h, H, n, K, 0, BK) * tl.exp(c - m[None, :])
-    rk = tl.where(not_above, tl.dot(Rm, tl.trans(Km), input_precision=PRECISION), 0.0)
+    rk = tl.where(not_above, dot(Rm, tl.trans(Km), None, PRECISION), 0.0)
     grad = load_rows(grad_o, begin, end, h, H, n, V, column, BV)
-    gv = tl.dot(tl.trans(rk), grad, input_precision=PRECISION)
-    gv = tl.dot(Km, Gm, gv, input_precision=PRECISION)
+    gv = dot(tl.trans(rk), grad, None, PRECISION)
+    gv = dot(Km, Gm, gv, PRECISION)
     Bm = load_rows(b, begin, end, h, H, n, K, 0, BK) * to_middle
-    rb = tl.where(not_above, tl.dot(Rm, tl.trans(Bm), input_precision=PRECISION), 0.0)
-    z = tl.dot(tl.trans(rb), grad, input_precision=PRECISION)
-    z = tl.dot(Bm, Gm, z, input_precision=PRECISION)
-    z = tl.dot(tl.trans(inverse), z, input_precision=PRECISION)
+    rb = tl.where(not_above, dot(Rm, tl.trans(Bm), None, PRECISION), 0.0)
+    z = dot(tl.trans(rb), grad, None, PRECISION)
+    z = dot(Bm, Gm, z, PRECISION)
+    z = dot(tl.trans(inverse), z, None, PRECISION)
     tl.store(Z + (head * n + t[:, None]) * VP + j[None, :], z)
-    gv = tl.dot(tl.trans(ak), z, gv, input_precision=PRECISION)
+    gv = dot(tl.trans(ak), z, gv, PRECISION)
     store_rows(grad_v, gv, begin, end, h, H, n, V, column, BV)
 
 
@@ -231,11 +250,9 @@ def key_gradient_kernel(
     t, i = tl.arange(0, n), tl.arange(0, BK)
     below, not_above = t[:, None] > t[None, :], t[:, None] >= t[None, :]
 
-    w = load_rows(log_w, begin, end, h, H, n, K, 0, BK)
-    c = tl.cumsum(w, 0)
-    total = tl.sum(w, 0)[None, :]
-    m = tl.sum(tl.where((t == n // 2)[:, None], c, 0.0), 0)[None, :]
-    from_middle, from_middle_before, to_middle = tl.exp(c - m), tl.exp(c - w - m), tl.exp(m - c)
+    _, c, total, m = _load_decays(log_w, begin, end, h, H, n, K, BK)
+    # Exponents from here on: of the token, from the middle.
+    c -= m[None, :]
 
     # What tokens read from the past: r and a.
     gr = tl.zeros([n, BK], tl.float32)
@@ -244,30 +261,32 @@ def key_gradient_kernel(
     ak, rb, rk = ab, ab, ab
     for first in range(0, V, BV):
         j = first + tl.arange(0, BV)
-        S = tl.trans(tl.load(start + (head * BK + i[:, None]) * VP + j[None, :])) * tl.exp(m)
-        z = tl.load(Z + (head * n + t[:, None]) * VP + j[None, :])
+        S = tl.trans(tl.load(start + (head * BK + i[:, None]) * VP + j[None, :])) * tl.exp(m)[None, :]
         grad = load_rows(grad_o, begin, end, h, H, n, V, first, BV)
-        gr = tl.dot(grad, S, gr, input_precision=PRECISION)
-        ga = tl.dot(z, S, ga, input_precision=PRECISION)
+        gr = dot(grad, S, gr, PRECISION)
+        z = tl.load(Z + (head * n + t[:, None]) * VP + j[None, :])
+        ga = dot(z, S, ga, PRECISION)
         u = tl.trans(tl.load(U + (head * n + t[:, None]) * VP + j[None, :]))
-        ab = tl.dot(z, u, ab, input_precision=PRECISION)
-        rb = tl.dot(grad, u, rb, input_precision=PRECISION)
+        ab = dot(z, u, ab, PRECISION)
+        rb = dot(grad, u, rb, PRECISION)
         V_ = tl.trans(load_rows(v, begin, end, h, H, n, V, first, BV))
-        ak = tl.dot(z, V_, ak, input_precision=PRECISION)
-        rk = tl.dot(grad, V_, rk, input_precision=PRECISION)
+        ak = dot(z, V_, ak, PRECISION)
+        rk = dot(grad, V_, rk, PRECISION)
     ab, ak = tl.where(below, ab, 0.0), tl.where(below, ak, 0.0)
     rb, rk = tl.where(not_above, rb, 0.0), tl.where(not_above, rk, 0.0)
-    B_ = load_rows(b, begin, end, h, H, n, K, 0, BK) * to_middle
-    gr = tl.dot(rb, B_, gr, input_precision=PRECISION)
-    ga = tl.dot(ab, B_, ga, input_precision=PRECISION)
-    K_ = load_rows(k, begin, end, h, H, n, K, 0, BK) * to_middle
-    gr = tl.dot(rk, K_, gr, input_precision=PRECISION) * from_middle
-    ga = tl.dot(ak, K_, ga, input_precision=PRECISION) * from_middle_before
+    B_ = load_rows(b, begin, end, h, H, n, K, 0, BK) * tl.exp(-c)
+    gr = dot(rb, B_, gr, PRECISION)
+    ga = dot(ab, B_, ga, PRECISION)
+    K_ = load_rows(k, begin, end, h, H, n, K, 0, BK) * tl.exp(-c)
+    gr = dot(rk, K_, gr, PRECISION) * tl.exp(c)
     store_rows(grad_r, gr, begin, end, h, H, n, K, 0, BK)
+    gr *= load_rows(r, begin, end, h, H, n, K, 0, BK)
+    ga = dot(ak, K_, ga, PRECISION) * tl.exp(c - load_rows(log_w, begin, end, h, H, n, K, 0, BK))
     store_rows(grad_a, ga, begin, end, h, H, n, K, 0, BK)
-    # c of a token gathers from r of the same token and from a of the next.
     ga *= load_rows(a, begin, end, h, H, n, K, 0, BK)
-    gw = tl.cumsum(load_rows(r, begin, end, h, H, n, K, 0, BK) * gr + ga, 0, reverse=True) - ga
+    # c of a token gathers from r of the same token and from a of the next.
+    later = tl.trans(not_above).to(tl.float32)
+    gw = exact_dot(later, gr + ga, None, PRECISION, True) - ga
 
     # What tokens leave for the future: k and b.
     gk = tl.zeros([n, BK], tl.float32)
@@ -276,57 +295,57 @@ def key_gradient_kernel(
     for first in range(0, V, BV):
         j = first + tl.arange(0, BV)
         D = tl.load(G + (head * BK + i[:, None]) * VP + j[None, :])
-        S = tl.load(start + (head * BK + i[:, None]) * VP + j[None, :])
-        g_total += tl.sum(S * D, 1)
+        g_total += tl.sum(D * tl.load(start + (head * BK + i[:, None]) * VP + j[None, :]), 1)
         D = tl.trans(D)
-        gk = tl.dot(load_rows(v, begin, end, h, H, n, V, first, BV), D, gk, input_precision=PRECISION)
-        gb = tl.dot(tl.load(U + (head * n + t[:, None]) * VP + j[None, :]), D, gb, input_precision=PRECISION)
-    gk *= tl.exp(total - m)
-    gb *= tl.exp(total - m)
-    K_ = load_rows(k, begin, end, h, H, n, K, 0, BK) * to_middle
-    B_ = load_rows(b, begin, end, h, H, n, K, 0, BK) * to_middle
-    gw += (tl.sum(K_ * gk + B_ * gb, 0) + tl.exp(tl.sum(w, 0)) * g_total)[None, :]
-    A_ = load_rows(a, begin, end, h, H, n, K, 0, BK) * from_middle_before
-    gk = tl.dot(tl.trans(ak), A_, gk, input_precision=PRECISION)
-    gb = tl.dot(tl.trans(ab), A_, gb, input_precision=PRECISION)
-    R_ = load_rows(r, begin, end, h, H, n, K, 0, BK) * from_middle
-    gk = tl.dot(tl.trans(rk), R_, gk, input_precision=PRECISION)
-    gb = tl.dot(tl.trans(rb), R_, gb, input_precision=PRECISION)
-    gw -= tl.cumsum(K_ * gk + B_ * gb, 0, reverse=True)
+        gk = dot(load_rows(v, begin, end, h, H, n, V, first, BV), D, gk, PRECISION)
+        gb = dot(tl.load(U + (head * n + t[:, None]) * VP + j[None, :]), D, gb, PRECISION)
+    gk *= tl.exp(total - m)[None, :]
+    gb *= tl.exp(total - m)[None, :]
+    K_ = load_rows(k, begin, end, h, H, n, K, 0, BK) * tl.exp(-c)
+    B_ = load_rows(b, begin, end, h, H, n, K, 0, BK) * tl.exp(-c)
+    gw += (tl.sum(K_ * gk + B_ * gb, 0) + tl.exp(total) * g_total)[None, :]
+    A_ = load_rows(a, begin, end, h, H, n, K, 0, BK)
+    A_ *= tl.exp(c - load_rows(log_w, begin, end, h, H, n, K, 0, BK))
+    gk = dot(tl.trans(ak), A_, gk, PRECISION)
+    gb = dot(tl.trans(ab), A_, gb, PRECISION)
+    R_ = load_rows(r, begin, end, h, H, n, K, 0, BK) * tl.exp(c)
+    gk = dot(tl.trans(rk), R_, gk, PRECISION) * tl.exp(-c)
+    gb = dot(tl.trans(rb), R_, gb, PRECISION) * tl.exp(-c)
+    store_rows(grad_k, gk, begin, end, h, H, n, K, 0, BK)
+    store_rows(grad_b, gb, begin, end, h, H, n, K, 0, BK)
+    gk *= load_rows(k, begin, end, h, H, n, K, 0, BK)
+    gb *= load_rows(b, begin, end, h, H, n, K, 0, BK)
+    gw -= exact_dot(later, gk + gb, None, PRECISION, True)
     store_rows(grad_w, gw, begin, end, h, H, n, K, 0, BK)
-    store_rows(grad_k, gk * to_middle, begin, end, h, H, n, K, 0, BK)
-    store_rows(grad_b, gb * to_middle, begin, end, h, H, n, K, 0, BK)
 
 
 class _Call:
     """Sizes of a call, its chunks, and the arguments that its kernels share."""
 
-    def __init__(self, r: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+    def __init__(self, rows: list[Tensor], cu_seqlens: Tensor | None) -> None:
+        r, _, k, v, a, b = rows
         B, T, self.H, self.K = r.shape
         self.V = v.shape[3]
-        if self.K > MAX_HEAD_SIZE:
-            raise ValueError(f"r must have heads of at most {MAX_HEAD_SIZE} channels on {r.device.type}, not {self.K}")
         self.BK = padded(self.K)
-        self.config = CONFIGURATIONS[self.BK]
+        products = precision(r, k, v, a, b)
+        self.config = (CONFIGURATIONS if is_coarse(products) else EXACT_CONFIGURATIONS)[self.BK]
         self.n = self.config.n
         self.columns = min(padded(self.V), COLUMNS)
         self.turn = min(padded(self.V), self.config.turn)
-        self.backward_turn = min(padded(self.V), self.config.backward_turn)
         self.VP = triton.cdiv(self.V, self.columns) * self.columns
         self.chunks = cut(cu_seqlens, B, T, self.n)
         self.programs = (self.chunks.count, self.H)
         self.sizes = {"T": T, "H": self.H, "V": self.V, "n": self.n, "BK": self.BK, "VP": self.VP}
-        self.sizes["PRECISION"] = precision()
+        self.sizes["PRECISION"] = products
 
     def scratch(self, like: Tensor, *shape: int) -> Tensor:
         """Of every chunk and head."""
         return torch.empty((*self.programs, *shape), dtype=torch.float32, device=like.device)
 
-    def prepare(self, rows: list[Tensor], grad_o: Tensor | None, Q: Tensor | None, Y: Tensor, X: Tensor | None):
-        M, N = self.scratch(Y, self.BK, self.BK), self.scratch(Y, self.BK, self.VP)
-        BV = self.turn if X is None else self.backward_turn
+    def prepare(self, rows: list[Tensor], grad_o: Tensor | None, Q: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
+        M, N = self.scratch(P, self.BK, self.BK), self.scratch(P, self.BK, self.VP)
         prepare_kernel[self.programs](
-            *rows, grad_o, self.chunks.bounds, M, N, Q, Y, X, K=self.K, BV=BV, BACKWARD=X is not None,
+            *rows, grad_o, self.chunks.bounds, M, N, Q, P, K=self.K, BV=self.turn, BACKWARD=grad_o is not None,
             num_warps=warps(self.config.threads), **self.sizes,
         )  # fmt: skip
         return M, N
@@ -334,9 +353,11 @@ class _Call:
     def scan(self, M: Tensor, N: Tensor, state: Tensor | None, final_state: Tensor, reverse: bool = False) -> Tensor:
         """What the state is before each chunk, or its gradient after each."""
         start = torch.empty_like(N)
-        scan_kernel[(self.chunks.sequences * self.H, self.VP // SCAN_COLUMNS)](
-            M, N, start, state, final_state, self.chunks.first, K=self.K, BV=SCAN_COLUMNS, REVERSE=reverse,
-            num_warps=warps(self.config.scan_threads), **self.sizes,
+        columns = min(self.config.scan_columns, self.columns)
+        scan_kernel[(self.chunks.sequences * self.H, self.VP // columns)](
+            M, N, start, state, final_state, self.chunks.first, K=self.K, BV=columns, REVERSE=reverse,
+            num_warps=warps(self.config.scan_threads), num_stages=1 if torch.version.hip else self.config.scan_stages,
+            **self.sizes,
         )  # fmt: skip
         return start
 
@@ -351,19 +372,22 @@ def _states(state: Tensor | None, cu_seqlens: Tensor | None, r: Tensor, v: Tenso
 def forward(*args: Tensor | None) -> tuple[Tensor, Tensor]:
     """The operator's arguments, checked, to its results."""
     *rows, state, cu_seqlens = args
+    check_head_size("wkv7", rows[0])
     rows = [x.contiguous() for x in rows]
     r, v = rows[0], rows[3]
     state, final_state = _states(state, cu_seqlens, r, v)
     o = torch.empty_like(v)
+    if final_state.numel() == 0:
+        return o.zero_(), final_state
     if r.shape[1] <= FEW_TOKENS:
         _few_tokens(rows, state, cu_seqlens, o, final_state)
         return o, final_state
-    call = _Call(r, v, cu_seqlens)
-    Q, Y = call.scratch(r, call.n, call.BK), call.scratch(r, call.n, call.VP)
-    M, N = call.prepare(rows, None, Q, Y, None)
+    call = _Call(rows, cu_seqlens)
+    Q, P = call.scratch(r, call.n, call.BK), call.scratch(r, call.n, call.n)
+    M, N = call.prepare(rows, None, Q, P)
     start = call.scan(M, N, state, final_state)
     output_kernel[(*call.programs, call.VP // call.columns)](
-        Q, Y, start, o, call.chunks.bounds, BV=call.columns, num_warps=warps(128), **call.sizes
+        v, Q, P, start, o, call.chunks.bounds, BV=call.columns, num_warps=warps(128), **call.sizes
     )
     return o, final_state
 
@@ -390,10 +414,12 @@ def backward(grad_o: Tensor | None, grad_final_state: Tensor | None, *args: Tens
     if grad_final_state is not None:
         grad_final_state = grad_final_state.contiguous()
     state, grad_state = _states(state, cu_seqlens, r, v)
+    if grad_state.numel() == 0:
+        return *map(torch.zeros_like, rows), grad_state
     grad_r, grad_w, grad_k, grad_v, grad_a, grad_b = grads = [torch.empty_like(x) for x in rows]
-    call = _Call(r, v, cu_seqlens)
+    call = _Call(rows, cu_seqlens)
     QG, X = call.scratch(r, call.BK, call.VP), call.scratch(r, call.n, call.n)
-    M, N = call.prepare(rows, grad_o, None, QG, X)
+    M, N = call.prepare(rows, grad_o, QG, X)
     start = call.scan(M, N, state, torch.empty_like(grad_state))
     G = call.scan(M, QG, grad_final_state, grad_state, reverse=True)
     U, Z = call.scratch(r, call.n, call.VP), call.scratch(r, call.n, call.VP)
@@ -402,7 +428,7 @@ def backward(grad_o: Tensor | None, grad_final_state: Tensor | None, *args: Tens
         *rows, grad_o, X, start, G, bounds, U, Z, grad_v, K=call.K, BV=call.columns, num_warps=num_warps, **call.sizes
     )
     key_gradient_kernel[call.programs](
-        *rows, grad_o, start, G, bounds, U, Z, grad_r, grad_w, grad_k, grad_a, grad_b, K=call.K, BV=call.backward_turn,
+        *rows, grad_o, start, G, bounds, U, Z, grad_r, grad_w, grad_k, grad_a, grad_b, K=call.K, BV=call.turn,
         num_warps=num_warps, **call.sizes,
     )  # fmt: skip
     return *grads, grad_state

@@ -152,7 +152,7 @@ STATIC_LAYER_TYPE_MAPPING["rwkv"] = RwkvCacheLayer
 
 
 def recurrent_mask(config, inputs_embeds, attention_mask, past_key_values=None, **kwargs):
-    """The columns of a 0/1 mask that belong to the new tokens, (B, T); None where nothing is masked.
+    """The columns of a 0/1 mask that belong to the new tokens, (B, T); None where nothing is masked, if not on a GPU.
 
     As transformers' own, but a masked single token is honoured too (outside of compiled graphs).
     """

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .rwkv_common import autocast_dtype
-from .rwkv_sequences import token_shift
+from .rwkv_sequences import last_token, token_shift
 from .wkv_operators import is_compiled
 
 # Where it is missing, wkv_operators.py says so.
@@ -37,7 +37,10 @@ def shift_mix(x, carried, plan, mixes):
     """
     if not is_compiled(x, "rwkv7_fused"):
         return plain_shift_mix(x, carried, plan, mixes)
-    before, last = (carried, x[:, -1]) if plan.source is None else token_shift(x, carried, plan)
+    if plan.source is None:
+        before, last = carried, last_token(x, carried, plan)
+    else:
+        before, last = token_shift(x, carried, plan)
     # The cache is overwritten in place, autograd still needs what the forward saw.
     if before is carried is not None and torch.is_grad_enabled():
         before = before.clone()

@@ -117,6 +117,12 @@ class GenericRwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
         super().adjust_generation_fn(*args, **kwargs)
         correct_world_tokens(self.generation_config, self.config.vocab_size)
 
+    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs):
+        """As transformers' own, but without the mask of a token that was generated: it is never padding."""
+        if kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration"):
+            kwargs["attention_mask"] = None
+        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+
     @can_return_tuple
     def forward(
         self,

@@ -16,9 +16,10 @@ from .rwkv_cache import check_cache
 class SequencePlan(NamedTuple):
     """Which tokens belong together in a batch with padding or packed documents; all None for plain rows.
 
-    `mask` (B, T) is False at padding. `source` (B, T) and `last` (B,) index the tensor [carried state, zeros, tokens]
-    along time: the predecessor of every token, and the last token of a row. `cu_seqlens` (n + 1,) are the bounds of the
-    packed documents in the flattened (B * T) batch, `first` and `final` (B,) the documents a row begins and ends with.
+    `mask` (B, T) is False at padding; of single tokens it is all there is. `source` (B, T) and `last` (B,)
+    index the tensor [carried state, zeros, tokens] along time: the predecessor of every token, and the last token of a
+    row. `cu_seqlens` (n + 1,) are the bounds of the packed documents in the flattened (B * T) batch, `first` and
+    `final` (B,) the documents a row begins and ends with.
     """
 
     mask: torch.Tensor | None = None
@@ -42,13 +43,13 @@ def plan_sequences(tokens, mask, position_ids=None, continues=False, cu_seq_lens
     holds earlier tokens; then `position_ids` do not mark packing. Raises `ValueError` when a shape does not fit.
     """
     B, T = tokens.shape[:2]
-    # A plan for one token is half as many small kernels again as the token itself.
-    if T == 1 and mask is not None and _is_full_on_gpu(mask):
-        mask = None
     starts = document_starts(tokens, mask, position_ids, continues, cu_seq_lens_q, seq_idx)
     if mask is None and starts is None:
         return SequencePlan()
     valid = torch.ones(B, T, dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
+    # Whether the mask hides anything a GPU is not asked, which it would have to answer for every token.
+    if T == 1 and starts is None:
+        return SequencePlan(valid)
     # Time index + 2: 0 is the carried state, 1 the zeros before a document.
     index = torch.arange(2, T + 2, device=valid.device).expand(B, T)
     newest = torch.where(valid, index, 0).cummax(1).values
@@ -70,13 +71,6 @@ def plan_sequences(tokens, mask, position_ids=None, continues=False, cu_seq_lens
     per_row = starts.sum(1)
     final = per_row.cumsum(0) - 1
     return plan._replace(cu_seqlens=bounds, first=final - per_row + 1, final=final)
-
-
-def _is_full_on_gpu(mask) -> bool:
-    """Whether a GPU says that nothing is masked; it cannot be asked from a graph."""
-    if not mask.is_cuda or is_torchdynamo_compiling() or torch.cuda.is_current_stream_capturing():
-        return False
-    return bool(mask.all())
 
 
 def document_starts(tokens, mask, position_ids, continues, cu_seq_lens_q, seq_idx):
@@ -119,10 +113,17 @@ def token_shift(x, carried, plan: SequencePlan):
     """
     carried = torch.zeros_like(x[:, 0]) if carried is None else carried.to(x.dtype)
     if plan.source is None:
-        return torch.cat([carried.unsqueeze(1), x[:, :-1]], 1), x[:, -1]
+        return torch.cat([carried.unsqueeze(1), x[:, :-1]], 1), last_token(x, carried, plan)
     padded = torch.cat([carried.unflatten(0, (x.shape[0], -1)), torch.zeros_like(x[:, :1]), x], 1)
     rows = torch.arange(x.shape[0], device=x.device)
     return padded[rows.unsqueeze(1), plan.source], padded[rows, plan.last]
+
+
+def last_token(x, carried, plan: SequencePlan):
+    """The last token (B, C) of plain rows; of single tokens, the carried one (B, C) where they are padding."""
+    if plan.mask is None:
+        return x[:, -1]
+    return torch.where(plan.mask, x[:, -1], 0 if carried is None else carried.to(x.dtype))
 
 
 def run_operator(op, rows, S, plan: SequencePlan, state_shape, initial=None):

@@ -21,8 +21,8 @@ except ImportError as error:
 
 
 def is_compiled(x, op: str) -> bool:
-    """Whether operator `op` of wkv_kernels takes x: it has kernels for x's device, and none are for float64."""
-    return wkv_kernels is not None and x.dtype != torch.float64 and wkv_kernels.serves(op, x.device)
+    """Whether operator `op` of wkv_kernels takes x (..., K): its device and heads of K channels, and not float64."""
+    return wkv_kernels is not None and x.dtype != torch.float64 and wkv_kernels.serves(op, x.device, x.shape[-1])
 
 
 def in_full_precision(op):
