@@ -275,6 +275,9 @@ def check_arguments(parser: argparse.ArgumentParser, given: argparse.Namespace) 
     for name in ("op", "lengths", "without", "kernels"):
         if given.device != "cuda" and getattr(given, name):
             parser.error(f"argument --{name}: needs --device cuda")
+    for name in ("quick", "only"):
+        if given.device == "cuda" and getattr(given, name):
+            parser.error(f"argument --{name}: is of the CPU's bench; --op, --lengths and --without choose a GPU's part")
     for T in given.lengths or ():
         if T < 1 or TOKENS % T:
             parser.error(f"argument --lengths: must divide {TOKENS}, got {T}")

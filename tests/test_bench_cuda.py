@@ -40,9 +40,9 @@ def on_cpu(monkeypatch):
 def run(monkeypatch, capsys, *arguments) -> list[list[str]]:
     """The cells of the tables that a run prints."""
     monkeypatch.setattr(sys, "argv", ["bench.py", "--device", "cuda", *arguments])
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as ended:
         bench.main()
-    assert exit.value.code == 0
+    assert ended.value.code == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
@@ -80,9 +80,9 @@ def test_time_by_kernel(on_cpu, monkeypatch, capsys):
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["bench.py", "--device", "cuda"])
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as ended:
         bench.main()
-    assert exit.value.code == 2
+    assert ended.value.code == 2
     assert capsys.readouterr().out == "bench.py: no CUDA device is available to this torch\n"
 
 
@@ -144,12 +144,13 @@ def test_predictions_of_fused_pieces(piece, on_cpu, launched, monkeypatch):
         ("--op wkv7", "--op: needs --device cuda"),
         ("--kernels", "--kernels: needs --device cuda"),
         ("--device cuda --lengths 70000", "--lengths: must divide 65536, got 70000"),
+        ("--device cuda --quick", "--quick: is of the CPU's bench"),
         ("--device cuda --without wkv", "invalid choice: 'wkv'"),
     ],
 )
 def test_bad_input_is_one_line(arguments, complaint, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", *arguments.split()])
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as ended:
         bench.main()
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.count("\n") == 1 and complaint in error, error
+    assert ended.value.code == 2 and error.count("\n") == 1 and complaint in error, error
