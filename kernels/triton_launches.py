@@ -99,12 +99,14 @@ def wkv_calls(op: str, cases: Iterable[Case] = CASES) -> Iterator[tuple[str, Cal
     for case in cases:
         H = C // case.N
         x, log_w, u = meta(1, T, H, case.N, dtype=case.dtype), meta(1, T, H, case.N), meta(H, case.N)
-        rows = (x, log_w, u, x, x) if op == "wkv6" else (x, log_w, x, x, x, x)
+        # Models of RWKV-5 and 6 have v in float32.
+        v = meta(1, T, H, case.N) if op == "wkv6" else x
+        rows = (x, log_w, u, x, v) if op == "wkv6" else (x, log_w, x, v, x, x)
         step = (row if row is u else row[:, :1] for row in rows)
         state, packing = meta(1, H, case.N, case.N), meta(3, dtype=torch.int64)
         rest = (None, packing) if case.packed else (state, None)
         yield str(case), functools.partial(module.forward, *rows, *rest)
-        yield str(case), functools.partial(module.backward, x, rest[0], *rows, *rest)
+        yield str(case), functools.partial(module.backward, v, rest[0], *rows, *rest)
         yield str(case), functools.partial(module.forward, *step, *rest)
 
 

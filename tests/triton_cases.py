@@ -195,6 +195,17 @@ def test_rows_of_several_dtypes(op):
     assert_equal(run(interpreted(op), x, grads), run_exactly(op, x, grads))
 
 
+@pytest.mark.parametrize("op", ["wkv6"])
+def test_values_in_float32(op):
+    """As models of RWKV-5 and 6 in bfloat16 have them."""
+    case = Case(op, 37, B=1, H=1, K=32, V=32, dtype=torch.bfloat16)
+    x, grads = make(case)
+    x, grads = {**x, "v": x["v"].float()}, {**grads, "o": grads["o"].float()}
+    actual = run(interpreted(op), x, grads)
+    assert actual["o"].dtype == torch.float32
+    assert_equal(actual, run_exactly(op, x, grads), coarse={"o", "grad of v", *coarse_on_tensor_cores(case)})
+
+
 @pytest.mark.parametrize("T", [9, 37])
 @pytest.mark.parametrize("op", ["wkv6"])
 def test_states_that_are_forgotten_at_once(op, T):

@@ -71,7 +71,8 @@ class _Call:
     def chunked(self) -> tuple[Chunks, dict]:
         """The chunks, and what the kernels that work on them need to know."""
         n = self.config.n
-        options = {"n": n, "LOG_N": n.bit_length() - 1, "PRECISION": precision(self.r, self.k, self.v)}
+        # Models have v in float32, that o may be so, but no more digits in it than in r and k.
+        options = {"n": n, "LOG_N": n.bit_length() - 1, "PRECISION": precision(self.r, self.k)}
         options["BV"] = min(self.config.value_block, padded(self.V))
         return cut(self.cu_seqlens, self.B, self.T, n), {**self.sizes, **options}
 
