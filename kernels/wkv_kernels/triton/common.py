@@ -1,4 +1,4 @@
-"""What the kernels share: rows in and out, chunks of sequences, products as exact as float32, the triangular inverse.
+"""What the kernels share: rows in and out, chunks of sequences, products on tensor cores, the triangular inverse.
 
 Letters: B batch rows, T tokens, H heads, N channels of a head, n tokens of a chunk. Rows are contiguous (B, T, H, N),
 token t of batch row i is token i T + t of B T; packed sequences are stretches of tokens of one batch row.
