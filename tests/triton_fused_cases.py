@@ -5,7 +5,6 @@ test_triton.py runs this file in a process of its own.
 
 import pytest
 import torch
-import triton_interpreter  # noqa: F401  (as strict as a device)
 from test_rwkv7_fused import (  # noqa: F401  (tests that are collected here)
     BF16,
     CASES,
@@ -20,6 +19,7 @@ from test_rwkv7_fused import (  # noqa: F401  (tests that are collected here)
     test_key_near_zero,
     test_no_tokens,
 )
+from triton_interpreter import poisoned  # noqa: F401  (which also makes the interpreter as strict as a device)
 from wkv_kernels.triton import rwkv7_fused
 
 # What the CPU runs from here on is what is registered for GPUs.
@@ -29,15 +29,6 @@ for piece in ("shift_mix", "key_stage", "value_residual", "out_stage", "relu_squ
     for name in (f"rwkv7_{piece}", f"rwkv7_{piece}_backward"):
         op = getattr(torch.ops.wkv, name).default
         LIBRARY.impl(op, lambda *inputs, op=op: op.redispatch(CUDA, *inputs), "CPU", allow_override=True)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """New tensors are full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize(

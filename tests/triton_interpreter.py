@@ -6,6 +6,7 @@ The interpreter must be chosen, by TRITON_INTERPRET=1, before triton is imported
 import functools
 
 import numpy as np
+import pytest
 import torch
 import triton.language as tl
 from triton._C.libtriton.ir import INPUT_PRECISION
@@ -105,3 +106,12 @@ _builder = interpreter.InterpreterBuilder
 _builder.create_dot = _dot_in_parts(_builder.create_dot)
 _builder.create_masked_load = _checking(_builder.create_masked_load, 0)
 _builder.create_masked_store = _checking(_builder.create_masked_store, 1)
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """New tensors are full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)

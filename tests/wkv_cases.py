@@ -243,3 +243,15 @@ def assert_equal(actual: dict, reference: dict, share: float = 1, coarse: Collec
         error = ((x.double() - y).norm() / y.norm()).item() if y.any() else x.double().norm().item()
         tolerance = share * OPERATOR_TOLERANCE[torch.bfloat16 if name in coarse else x.dtype]
         assert error <= tolerance, f"{name}: error {error:.2e}, allowed {tolerance:.1e} in {x.dtype}"
+
+
+def assert_states_pass(op: str, actual: dict, x: dict, grads: dict) -> None:
+    """Of a call without tokens: the state comes out, its gradient comes back, and nothing else has one."""
+    # An empty state of wkv4 has a p of its own, and its p is a constant.
+    filled = x["state"].flatten(1) != 0
+    assert torch.equal(actual["final_state"].flatten(1)[filled], x["state"].flatten(1)[filled])
+    gradient = grads["final_state"].clone()
+    if op == "wkv4":
+        gradient[..., 2] = 0
+    assert torch.equal(actual["grad of state"], gradient)
+    assert not any(actual[f"grad of {name}"].any() for name in x if name != "state")
